@@ -1,7 +1,54 @@
 # SPDX-License-Identifier: MIT
 """VQ-VAE on speech: discrete units by vector quantisation, and a WaveNet that speaks them.
 
-@@DOC@@
+van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, arXiv:1711.00937v2.
+Chorowski, Weiss, Bengio, van den Oord, "Unsupervised Speech Representation Learning Using WaveNet
+Autoencoders", 2019, arXiv:1901.08810. Other bottlenecks: Jang, Gu, Poole, 2017, arXiv:1611.01144.
+
+The idea. An auto-encoder whose bottleneck is one integer per 20 ms: the encoder's latent is replaced by the
+nearest of K learned codes. The decoder is strong and autoregressive, needs little help with the detail of the
+waveform, and is told the speaker for nothing. So the narrow code stream carries what it cannot guess:
+something like phones. An argmin has no gradient, so the decoder's gradient at the code is copied to the latent.
+Converting a voice is decoding the same codes with another speaker.
+
+    wave (B, N) -> MFCC (B, N / 160, 39) -> Encoder -> z (B, T', D) -> nearest code: ids, z_q (B, T', D)
+    z_q -> jitter -> three codes wide (B, T', 128), speaker (B, S) -> repeated 320 times
+                                            y_1 .. y_{t-1} -> WaveNet -> p(y_t) (B, N, 256)
+
+    L = -log p(x | z_q(x), speaker) + |sg[z_e(x)] - e|^2 + beta |z_e(x) - sg[e]|^2       Eq. (3), 1711.00937
+    N_i <- g N_i + (1-g) n_i,  M_i <- g M_i + (1-g) sum_j z_ij,  e_i = M_i / N_i         for its 2nd term, A.1
+
+    paper       here                   shape              paper          here            shape
+    z_e(x)      z                      (B, T', D)         z (an index)   ids             (B, T')
+    z_q(x)      z_q                    (B, T', D)         beta           cfg.beta        0.25
+    e           bottleneck.e           (K, D)             gamma          cfg.decay       0.99
+    N_i, m_i    bottleneck.N, .M       (K,), (K, D)
+
+Differs from the papers
+D1  The encoder's output is batch-normalised before the projection to D. Without it few codes come into use.
+D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
+D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
+D4  No Polyak average of the weights for evaluation: one set of weights to read and to save.
+The papers do not say (or we could not read: 1901.08810 is followed here through its later implementations)
+U1  Mel bands and window of the MFCC, width of the differences: 80, 25 ms, two frames.
+U2  Edges of a crop: zeros, for the encoder as for the decoder.
+U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
+U4  Kernel of the WaveNet: 2.
+U5  Scalings in the WaveNet: residual sums by sqrt(1/2), the sum of the skips by sqrt(1/L).
+U6  How one-hot and binary codes are kept in use: KL of their average to uniform. Temperature of the one-hot.
+
+The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
+perplexity of the codes of ONE batch, which dips in the first 50 steps and recovers; data_share, the part of
+the time spent in get_batch. In result.json: the same nats with another utterance's codes, with the average
+code and with a wrong speaker, each of which should cost; perplexity over all held-out speech, K at most; bits a
+second. The claim that discretising drops the speaker is row `encoder` against row `codes`, and its control is
+--bottleneck none.
+
+    python vqvae.py                                  a toy corpus, two minutes on two CPU cores
+    python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
+    python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
+
+@@RESULTS@@
 """
 import argparse
 import collections
@@ -33,67 +80,71 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    data: str = ""                  # folder of audio; none: the toy corpus
-    test: str = ""                  # another folder, for testing, usually of unseen speakers
-    out: str = ""                   # run folder; none: the next free runs/NAME-N
-    speaker: str = r"([^/]+)/"      # regex searched in the path below data; group 1 is the speaker
-    phones: str = ""                # labels, "utterance-id label label ..", one per 10 ms; none: DATA/phones.txt
-    sample_rate: int = 16000        # Hz
-    n_fft: int = 512                # points of the Fourier transform
-    win: int = 400                  # samples in an analysis window
-    hop: int = 160                  # samples between frames
-    n_mels: int = 80                # mel bands
-    crop: int = 5120                # samples in a training example
-    batch_size: int = 64            # training examples in a batch, on each GPU
-    steps: int = 1_000_000          # training steps
-    lr: float = 4e-4                # learning rate of Adam
-    seed: int = 0                   # of weights, batches and noise
+    """The first twenty fields are common to the six scripts; the others are the method's."""
+    data: str = ""               # folder of audio; none: the toy corpus
+    test: str = ""               # another folder, for testing, usually of unseen speakers
+    out: str = ""                # run folder; none: the next free runs/NAME-N
+    speaker: str = r"([^/]+)/"   # regex searched in the path below data; group 1 is the speaker
+    phones: str = ""           # lines "utterance-id label label ..", a label per 10 ms; none: DATA/phones.txt
+    sample_rate: int = 16000     # Hz
+    n_fft: int = 512             # points of the Fourier transform
+    win: int = 400               # samples in an analysis window
+    hop: int = 160               # samples between frames
+    n_mels: int = 80             # mel bands
+    crop: int = 5120             # samples in a training example
+    batch_size: int = 64         # training examples in a batch, on each GPU
+    steps: int = 1_000_000       # training steps
+    lr: float = 4e-4             # learning rate of Adam
+    seed: int = 0                # of weights, batches and noise
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
-    bf16: bool = True               # bfloat16 autocast on CUDA
-    probe: int = 1000               # utterances at most to fit the probes on, and to score them on
-    log_every: int = 100            # steps between log lines
-    save_every: int = 5000          # steps between checkpoints
+    bf16: bool = True            # bfloat16 autocast on CUDA
+    probe: int = 1000            # utterances at most to fit the probes on, and to score them on
+    log_every: int = 100         # steps between log lines
+    save_every: int = 5000       # steps between checkpoints
 
-    bottleneck: Literal["vq", "onehot", "binary", "none"] = "vq"  # what makes the code discrete; none: the control
-    codebook: Literal["ema", "gradient"] = "ema"  # how VQ learns its codes; 1711.00937 A.1, or Eq. (3)
-    codes: int = 512                # K, 1711.00937 4.3; binary: log2 K bits
-    d_code: int = 64                # D, 1901.08810
-    beta: float = 0.25              # weight of the commitment, 1711.00937 3.2
-    decay: float = 0.99             # gamma of the moving averages, 1711.00937 A.1
-    revive: float = 0.1             # D2: a code used less than this share of the average moves to a random latent
-    usage: float = 0.1              # onehot, binary: weight that keeps the codes in use (U6)
-    tau_rate: float = 3e-5          # onehot: temperature max(0.5, exp(-rate * step)), 1611.01144
-    jitter: float = 0.12            # chance that a latent is replaced by a neighbour, 1901.08810
-    channels: int = 768             # of the encoder, 1901.08810
-    d_condition: int = 128          # of the convolution over the codes, 1901.08810
-    residual: int = 368             # WaveNet: residual and gated channels, 1901.08810
-    skip: int = 256                 # WaveNet: skip channels and output layers, 1901.08810
-    cycles: int = 2                 # WaveNet: dilation cycles, 1901.08810
-    depth: int = 10                 # WaveNet: layers in a cycle, dilations 1, 2, .. 512, 1901.08810
-    temperature: float = 1.0        # of sampling
+    bottleneck: Literal["vq", "onehot", "binary", "none"] = "vq"  # makes the code discrete; none: a control
+    codebook: Literal["ema", "gradient"] = "ema"  # how VQ learns its codes: 1711.00937 A.1, or Eq. (3)
+    codes: int = 512             # K, 1711.00937 4.3; binary: log2 K bits
+    d_code: int = 64             # D, 1901.08810
+    beta: float = 0.25           # weight of the commitment, 1711.00937 3.2
+    decay: float = 0.99          # gamma of the moving averages, 1711.00937 A.1
+    smoothing: float = 1e-5      # D3: Laplace smoothing of the counts
+    revive: float = 0.1         # D2: a code used less than this share of the average moves to a random latent
+    usage: float = 0.1           # onehot, binary: weight of the term that keeps codes in use, U6
+    tau_rate: float = 3e-5       # onehot: temperature max(0.5, exp(-rate * step)), U6
+    jitter: float = 0.12         # chance that a latent is replaced by a neighbour, 1901.08810
+    channels: int = 768          # of the encoder, 1901.08810
+    d_condition: int = 128       # channels of the convolution over the codes, 1901.08810
+    residual: int = 368          # WaveNet: residual and gated channels, 1901.08810
+    skip: int = 256              # WaveNet: channels of skips and output layers, 1901.08810
+    cycles: int = 2              # WaveNet: cycles of dilations, 1901.08810
+    depth: int = 10              # WaveNet: layers in a cycle, dilations 1, 2, 4 .. 512, 1901.08810
+    temperature: float = 1.0     # of sampling
 
 
-# The same model, narrower and at 8 kHz, for two CPU cores.
-TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=700, lr=2e-3,
-           log_every=50, save_every=500, codes=64, d_code=32, decay=0.98, tau_rate=3e-3, channels=128, d_condition=32,
-           residual=32, skip=64, cycles=1, depth=8)
-TARGET = "speaker"                  # what convert takes: a speaker of the training set
+# The same model, narrower and at 8 kHz, for two CPU cores and two minutes.
+TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=700,
+           lr=4e-3, log_every=50, save_every=500, codes=32, decay=0.98, tau_rate=3e-3, channels=128,
+           d_condition=32, residual=32, skip=64, cycles=1, depth=8)
+TARGET = "speaker"               # what convert takes: the index of a training speaker
 
 
 # ==================== the model ====================
 class Encoder(nn.Module):
-    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz. Nine layers, each latent sees 16 frames (1901.08810)."""
+    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 frames. Nine layers,
+    1901.08810."""
 
     def __init__(self, cfg):
         super().__init__()
-        c, conv = cfg.channels, lambda k: Residual(cfg.channels, k)
-        self.layers = nn.Sequential(nn.Conv1d(39, c, 3, padding=1), nn.ReLU(), conv(3),
-                                    nn.Conv1d(c, c, 4, stride=2, padding=1), nn.ReLU(), conv(3), conv(3),
-                                    conv(1), conv(1), conv(1), conv(1))
+        c, residual = cfg.channels, lambda kernel: Residual(cfg.channels, kernel)
+        self.layers = nn.Sequential(
+            nn.Conv1d(39, c, 3, padding=1), nn.ReLU(), residual(3),
+            nn.Conv1d(c, c, 4, stride=2, padding=1), nn.ReLU(), residual(3), residual(3),
+            residual(1), residual(1), residual(1), residual(1))
         self.norm, self.project = nn.BatchNorm1d(c, affine=False), nn.Linear(c, cfg.d_code)
 
     def forward(self, x):
-        return self.project(self.norm(self.layers(x.mT)).mT)             # D1: the norm; (B, T', D)
+        return self.project(self.norm(self.layers(x.mT)).mT)                 # D1: the norm; (B, T', D)
 
 
 class Residual(nn.Conv1d):
@@ -104,81 +155,86 @@ class Residual(nn.Conv1d):
         return x + super().forward(x).relu()
 
 
-# Four bottlenecks with one interface: z (B, T', D), tau -> (z_q (B, T', D), ids (B, T'), loss). No gradient passes an
-# argmax or a threshold, so each copies one past it: straight_through(hard, soft) is hard forward, soft backward.
+# Four bottlenecks, one interface: z (B, T', D), temperature -> (z_q (B, T', D), ids (B, T'), loss).
 def straight_through(hard, soft):
-    return hard.detach() + soft - soft.detach()
+    """The value of `hard` with the gradient of `soft`: none passes an argmax or a threshold by itself."""
+    return hard.detach() + (soft - soft.detach())
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest of K codes; sections 3.1, 3.2 and A.1 of 1711.00937."""
+    """The nearest of K codes: sections 3.1, 3.2 and A.1 of 1711.00937v2."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, K = cfg, cfg.codes
-        self.e = nn.Parameter(torch.randn(K, cfg.d_code), requires_grad=cfg.codebook == "gradient")
-        self.register_buffer("N", torch.ones(K))                         # moving average of the latents a code gets,
-        self.register_buffer("M", self.e.detach().clone())               # and of their sum; A.1
+        self.cfg = cfg
+        self.e = nn.Parameter(torch.randn(cfg.codes, cfg.d_code), requires_grad=cfg.codebook == "gradient")
+        self.register_buffer("N", torch.ones(cfg.codes))                 # moving averages: latents of a code,
+        self.register_buffer("M", self.e.detach().clone())                   # and their sum
 
     def forward(self, z, tau=None):
-        with torch.autocast(z.device.type, enabled=False):               # in bfloat16 the nearest code is another one
+        with torch.autocast(z.device.type, enabled=False):                   # bfloat16 would pick other codes
             z = z.float()
-            ids = (self.e.square().sum(1) - 2 * z @ self.e.T).argmin(-1)             # Eq. (1)-(2), |z|^2 left out
-            e = self.e[ids]
-            loss = self.cfg.beta * F.mse_loss(z, e.detach())             # commitment
+            ids = (self.e.square().sum(1) - 2 * z @ self.e.T).argmin(-1)     # Eq. (1); |z|^2 changes nothing
+            e = self.e[ids]                                                  # Eq. (2)
+            loss = self.cfg.beta * F.mse_loss(z, e.detach())                 # commitment: e is not pulled
             if self.cfg.codebook == "gradient":
-                loss = loss + F.mse_loss(e, z.detach())                  # Eq. (3): sg[.] keeps the two apart
-            # Eq. (3) adds |.|^2, the mean over latents of a sum over D, to the log-likelihood of ALL samples of x; ours is
-            # a mean over samples, so both are divided by their number. U3: most code leaves out D / crop and weighs them
-            # 100 times as much, which on the toy corpus presses the speaker out of the encoder itself.
+                loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
+            # Eq. (3) adds |.|^2, a sum over D averaged over latents, to the log-likelihood of ALL samples of
+            # x. Ours is an average over samples, so both are divided by their number. U3: with the usual mean
+            # over D beside a mean over samples the two terms weigh crop / D = 80 times as much, which on the
+            # toy corpus presses the speaker out of the encoder itself.
             loss = loss * self.cfg.d_code / self.cfg.crop
             if self.training:
-                self.update(z.detach().flatten(0, 1), ids.flatten())     # only now: e above is what the decoder sees
+                self.update(z.detach().flatten(0, 1), ids.flatten())    # only now: the decoder sees the old e
             return straight_through(e, z), ids, loss
 
     @torch.no_grad()
     def update(self, z, ids):
-        """z (n, D), ids (n,): moves N, M (and e if EMA), then revives dead codes, all in float32."""
+        """z (n, D), ids (n,): moves N and M, with EMA also e, and revives dead codes, all in float32."""
         K, g = self.cfg.codes, self.cfg.decay
         one_hot = F.one_hot(ids, K).float()
-        n, m = one_hot.sum(0), one_hot.T @ z
-        rest = z[torch.randint(len(z), (K,), device=z.device)]           # where dead codes would go
-        if dist.is_initialized():                                        # statistics have no gradient to average
-            dist.all_reduce(n), dist.all_reduce(m), dist.broadcast(rest, 0)
-        self.N.lerp_(n, 1 - g)                                           # N <- g N + (1 - g) n
-        self.M.lerp_(m, 1 - g)                                           # M <- g M + (1 - g) m
-        if self.cfg.codebook == "ema":
-            self.e.copy_(self.M / self.N.clamp(min=1e-5)[:, None])       # D3: the clamp, in place of Laplace smoothing
-        share = n.sum() / K
-        dead = self.N < self.cfg.revive * share                          # D2
-        self.e[dead], self.N[dead], self.M[dead] = rest[dead], share, rest[dead] * share
+        n, m, random = one_hot.sum(0), one_hot.T @ z, z[torch.randint(len(z), (K,), device=z.device)]
+        if dist.is_initialized():                                          # these have no gradient to average
+            dist.all_reduce(n), dist.all_reduce(m), dist.broadcast(random, 0)
+        self.N.lerp_(n, 1 - g)                                               # N <- g N + (1 - g) n, A.1
+        self.M.lerp_(m, 1 - g)                                               # M <- g M + (1 - g) sum z, A.1
+        if self.cfg.codebook == "ema":                                 # e = M / N; D3: N smoothed, not stored
+            total, eps = self.N.sum(), self.cfg.smoothing
+            self.e.copy_(self.M / ((self.N + eps) / (total + K * eps) * total)[:, None])
+        dead = self.N < self.cfg.revive * n.sum() / K               # D2; all three, or the next EMA undoes it
+        self.e[dead], self.N[dead], self.M[dead] = random[dead], n.sum() / K, random[dead] * n.sum() / K
 
     @torch.no_grad()
     def start(self, z):
-        """Codes <- K of the latents z (n, D), N = 1, M = e: a code that no latent chooses then stays where it is."""
+        """e <- K of the latents z (n, D), N <- the share of a code in a batch, M <- N e: a code without
+        latents then stays where it is. (From N = 0, as often seen, the first update throws it some 1 /
+        smoothing times as far.)"""
         self.e.copy_(z[torch.randperm(len(z), device=z.device)[:self.cfg.codes]])
-        self.N.fill_(1)
-        self.M.copy_(self.e)
+        self.N.fill_(self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
+        self.M.copy_(self.e * self.N[:, None])
 
 
 class OneHot(nn.Module):
-    """One of K by Gumbel-softmax (1611.01144), straight-through; a code is a row of a linear map, learned by the decoder."""
+    """One of K by straight-through Gumbel-softmax (1611.01144); its code is a row of a linear map."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.logits, self.e = cfg, nn.Linear(cfg.d_code, cfg.codes), nn.Linear(cfg.codes, cfg.d_code, bias=False)
+        self.cfg, self.logits = cfg, nn.Linear(cfg.d_code, cfg.codes)
+        self.e = nn.Linear(cfg.codes, cfg.d_code, bias=False)
 
     def forward(self, z, tau=None):
         with torch.autocast(z.device.type, enabled=False):
-            a = self.logits(z.float())                                   # (B, T', K)
+            a = self.logits(z.float())                                       # (B, T', K)
             y = F.gumbel_softmax(a, tau) if self.training else a.softmax(-1)
-            ids = y.argmax(-1)                                           # without noise outside training
+            ids = y.argmax(-1)                                               # no noise outside training
             loss = self.cfg.usage * kl_to_uniform(a.softmax(-1).mean((0, 1)))
+            # U6: hard codes also in training; 1711.00937 reports that the decoder inverts soft ones
             return self.e(straight_through(F.one_hot(ids, self.cfg.codes).float(), y)), ids, loss
 
 
 class Binary(nn.Module):
-    """log2 K bits, each a sigmoid thresholded at 0.5, straight-through; a code is the sum of its bits' vectors."""
+    """log2 K bits, each a sigmoid cut at 0.5, straight-through; its code is the sum of the vectors of the
+    bits."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -187,22 +243,21 @@ class Binary(nn.Module):
 
     def forward(self, z, tau=None):
         with torch.autocast(z.device.type, enabled=False):
-            p = self.logits(z.float()).sigmoid()                         # (B, T', log2 K)
-            bits = p > 0.5
+            p = self.logits(z.float()).sigmoid()                             # (B, T', log2 K)
+            bits, mean = p > 0.5, p.mean((0, 1))
             ids = (bits * 2 ** torch.arange(bits.shape[-1], device=z.device)).sum(-1)
-            mean = p.mean((0, 1))
             loss = self.cfg.usage * kl_to_uniform(torch.stack([mean, 1 - mean], -1)).sum()
             return self.e(2 * straight_through(bits.float(), p) - 1), ids, loss
 
 
 class Nothing(nn.Module):
-    """The plain auto-encoder: the control of the claim that discretising drops the speaker."""
+    """The plain auto-encoder, the control of the claim that discretising drops the speaker."""
 
     def __init__(self, cfg):
         super().__init__()
 
     def forward(self, z, tau=None):
-        return z, torch.arange(z[..., 0].numel(), device=z.device).view(z.shape[:-1]), z.new_zeros(())    # all differ
+        return z, torch.arange(z.shape[0] * z.shape[1], device=z.device).view(z.shape[:2]), z.new_zeros(())
 
 
 def kl_to_uniform(p):
@@ -211,15 +266,16 @@ def kl_to_uniform(p):
 
 
 def jitter(z, p):
-    """Time jitter of 1901.08810: each latent of z (B, T', D) is, with chance p, its left or right neighbour instead."""
+    """Time jitter, 1901.08810: each latent of z (B, T', D) becomes, with chance p, its left or right
+    neighbour."""
     B, T, _ = z.shape
     move = (torch.rand(B, T, device=z.device) < p) * (torch.randint(2, (B, T), device=z.device) * 2 - 1)
     index = (torch.arange(T, device=z.device) + move).clamp(0, T - 1)
-    return z.gather(1, index[..., None].expand_as(z))                    # the gradient goes to the frame that was used
+    return z.gather(1, index[..., None].expand_as(z))                    # the gradient goes to the frame used
 
 
 def mu_law(wave):
-    """(..., N) in [-1, 1] -> int64 0..255: sgn(x) ln(1 + 255 |x|) / ln 256, in 256 equal steps."""
+    """(..., N) in [-1, 1] -> int64 in 0..255: sgn(x) ln(1 + 255 |x|) / ln 256, in equal steps."""
     f = wave.sign() * (255 * wave.abs()).log1p() / math.log(256)
     return ((f + 1) / 2 * 255 + 0.5).long().clamp(0, 255)
 
@@ -230,39 +286,34 @@ def inverse_mu_law(y):
 
 
 class WaveNet(nn.Module):
-    """p(y_t | y_<t, condition) over 256 mu-law levels; dilated causal convolutions of kernel 2 (U4), gated, with residual
-    and skip connections. Channels come last, so that a convolution of kernel 2 is one matrix product of [h_{t-d}, h_t]."""
+    """p(y_t | y_<t, condition) over 256 levels: dilated causal convolutions of kernel 2 (U4), gated, with
+    residuals and skips. Channels come last, so that such a convolution is one matrix product with [h_{t-d},
+    h_t]."""
 
     def __init__(self, cfg, d_condition):
         super().__init__()
         self.cfg, R, S = cfg, cfg.residual, cfg.skip
         self.dilations = [2 ** i for i in range(cfg.depth)] * cfg.cycles
-        self.embed = nn.Embedding(256, R)                                # a 1x1 convolution of the one-hot sample
+        self.embed = nn.Embedding(256, R)                               # a 1x1 convolution of one-hot samples
         self.dilated = nn.ModuleList(nn.Linear(2 * R, 2 * R) for _ in self.dilations)
         self.mix = nn.ModuleList(nn.Linear(R, S + R) for _ in self.dilations[1:])
-        self.mix.append(nn.Linear(R, S))                                 # nothing follows the last residual
-        self.condition = nn.Linear(d_condition, 2 * R * len(self.dilations), bias=False)             # all V_l at once
+        self.mix.append(nn.Linear(R, S))                                   # nothing follows the last residual
+        self.condition = nn.Linear(d_condition, 2 * R * len(self.dilations), bias=False)  # V_l of every layer
         self.output = nn.Sequential(nn.ReLU(), nn.Linear(S, S), nn.ReLU(), nn.Linear(S, 256))
 
     def forward(self, previous, condition):
         """previous (B, N): y_{t-1} at each t; condition (B, T', C) at the code rate -> logits (B, N, 256)."""
-        R, S, L = self.cfg.residual, self.cfg.skip, len(self.dilations)
-        h, skip, (B, N) = self.embed(previous), 0, previous.shape        # (B, N, R)
-        # V_l is applied before repeating each code N / T' times: the same numbers, N / T' times cheaper
+        R, S, L, (B, N) = self.cfg.residual, self.cfg.skip, len(self.dilations), previous.shape
+        h, skip = self.embed(previous), 0                                    # (B, N, R)
+        # V_l before each code is repeated N / T' times: the same numbers, N / T' times cheaper
         v = self.condition(condition).view(B, -1, 1, L, 2 * R)
         for l, d in enumerate(self.dilations):
-            past = F.pad(h, (0, 0, min(d, N), -min(d, N)))               # h_{t-d}
-            u = self.dilated[l](torch.cat([past, h], -1))
-            a, b = (u.view(B, v.shape[1], -1, 2 * R) + v[:, :, :, l]).view(B, N, 2 * R).chunk(2, -1)
+            past = F.pad(h, (0, 0, min(d, N), -min(d, N)))                   # h_{t-d}, zeros before the start
+            u = self.dilated[l](torch.cat([past, h], -1)).view(B, v.shape[1], -1, 2 * R) + v[:, :, :, l]
+            a, b = u.view(B, N, 2 * R).chunk(2, -1)
             s, *r = self.mix[l](a.tanh() * b.sigmoid()).split([S, R] if l < L - 1 else [S], -1)
-            skip, h = skip + s, (h + r[0]) * 0.5 ** 0.5 if r else None   # U5: scaled sums keep the variance
+            skip, h = skip + s, (h + r[0]) * 0.5 ** 0.5 if r else None    # U5: the scalings keep the variance
         return self.output(skip / L ** 0.5)
-
-    @torch.no_grad()
-    def generate(self, condition, hop, temperature):
-        """condition (B, T', C) -> y (B, T' * hop), sampled one by one: O(layers) each, by ring buffers."""
-        fast, B = (TorchSampler if condition.is_cuda else NumpySampler)(self, condition, hop), len(condition)
-        return fast.run(condition.shape[1] * hop, temperature)
 
 
 class Model(nn.Module):
@@ -274,101 +325,104 @@ class Model(nn.Module):
         self.register_buffer("mean", torch.zeros(39))
         self.register_buffer("std", torch.ones(39))
         self.encoder = Encoder(cfg)
-        self.bottleneck = {"vq": VectorQuantizer, "onehot": OneHot, "binary": Binary, "none": Nothing}[cfg.bottleneck](cfg)
+        kinds = {"vq": VectorQuantizer, "onehot": OneHot, "binary": Binary, "none": Nothing}
+        self.bottleneck = kinds[cfg.bottleneck](cfg)
         self.context = nn.Conv1d(cfg.d_code, cfg.d_condition, 3, padding=1)
         self.decoder = WaveNet(cfg, cfg.d_condition + n_speakers)
 
-    def features(self, wave):
-        """(B, N) -> MFCC with first and second differences (B, N // hop, 39), standardised."""
-        return (mfcc(wave, self.cfg) - self.mean) / self.std
-
     def encode(self, wave, tau=None):
-        """(B, N), N a multiple of 2 * hop -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; T' = N / (2 * hop)."""
-        z = self.encoder(self.features(wave))
+        """(B, N), N a multiple of 2 hop -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; T' = N / (2
+        hop)."""
+        z = self.encoder((mfcc(wave, self.cfg) - self.mean) / self.std)
         return z, *self.bottleneck(z, tau)
 
     def condition(self, z_q, speaker):
-        """z_q (B, T', D), speaker (B,) -> (B, T', C): three codes, and the speaker as one-hot."""
-        z_q = jitter(z_q, self.cfg.jitter) if self.training else z_q
-        h = self.context(z_q.mT).mT
+        """z_q (B, T', D), speaker (B,) -> (B, T', C): each code with its neighbours, and the speaker as
+        one-hot."""
+        h = self.context((jitter(z_q, self.cfg.jitter) if self.training else z_q).mT).mT
         who = F.one_hot(speaker, self.n_speakers).to(h.dtype)
         return torch.cat([h, who[:, None].expand(-1, h.shape[1], -1)], -1)
 
     def forward(self, z_q, speaker, wave):
-        """-> the cross-entropy of wave (B, N) given the codes and the speaker, in nats a sample."""
-        y = mu_law(wave)
-        previous = F.pad(y, (1, 0), value=128)[:, :-1]                   # 128 is silence
+        """-> -log p(wave (B, N) | z_q, speaker), the mean over samples, in nats."""
+        y = mu_law(wave)                                                     # U2: silence before the crop
+        previous = F.pad(y, (1, 0), value=128)[:, :-1]                       # 128 is silence
         logits = self.decoder(previous, self.condition(z_q, speaker))
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 
+# Sampling in O(layers) a sample. Each layer keeps, in a ring of d slots, what it will need d steps later.
 def fold(net, condition, hop):
-    """The WaveNet's weights and its conditioning, arranged so that one time step of one layer is two matrix products:
-    h @ W gives what the layer needs of h now and, stored for d steps, later; gate @ V adds to [h, skip]. Folded in: both
-    scalings, and sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves. -> dict of float32 tensors."""
-    R, S, L, s = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5
-    half = torch.tensor([1.0] * R + [0.5] * R, device=condition.device)
-    bias = torch.stack([layer.bias for layer in net.dilated])                        # (L, 2R)
-    C = (net.condition(condition).unflatten(-1, (L, 2 * R)) + bias) * half           # (B, T', L, 2R)
-    W = [torch.cat([w.weight[:, R:], w.weight[:, :R]]).T * torch.cat([half, half]) * s ** l for l, w in enumerate(net.dilated)]
-    scale = [torch.tensor([0.5 / L ** 0.5] * S + [0.5 * s ** -l] * R, device=condition.device) for l in range(L)]
-    mix = [(F.pad(m.weight.T, (0, S + R - m.out_features)), F.pad(m.bias, (0, S + R - m.out_features))) for m in net.mix]
-    return {"embed": F.pad(net.embed.weight, (S, 0)), "C": C.permute(1, 2, 0, 3).contiguous(), "W": torch.stack(W),
-            "V": torch.stack([v * x for (v, _), x in zip(mix, scale)]), "v": torch.stack([2 * b * x for (_, b), x in zip(mix, scale)]),
-            "P": net.output[1].weight.T.contiguous(), "p": net.output[1].bias, "Q": net.output[3].weight.T.contiguous(),
-            "q": net.output[3].bias}
+    """A WaveNet and its condition (B, T', C) as the tensors of one time step, float32, with all scalings
+    folded in. Per layer two products: h @ W = [what the gate needs now, what it needs in d steps], gate @ V =
+    [skip, residual]. sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of the gate."""
+    R, S, L, s, device = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5, condition.device
+    half = torch.tensor([1.0] * R + [0.5] * R, device=device)
+    W, V, v = [], [], []
+    for l, (dilated, mix) in enumerate(zip(net.dilated, net.mix)):
+        past, present = dilated.weight.T.split(R)
+        W.append(torch.cat([present * half, past * half], 1) * s ** l)
+        scale = torch.tensor([L ** -0.5] * S + [s ** -l] * R, device=device)  # the state holds h / s^l
+        missing = S + R - mix.out_features                                   # the last layer has no residual
+        V.append(F.pad(mix.weight.T, (0, missing)) * scale / 2)
+        v.append(F.pad(mix.bias, (0, missing)) * scale)
+    bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
+    now = (net.condition(condition).unflatten(-1, (L, 2 * R)) + bias) * half
+    return {"embed": F.pad(net.embed.weight, (S, 0)), "now": now.permute(1, 2, 0, 3).contiguous(),
+            "W": torch.stack(W), "V": torch.stack(V), "v": torch.stack(v), "p": net.output[1].bias,
+            "P": net.output[1].weight.T.contiguous(), "q": net.output[3].bias,
+            "Q": net.output[3].weight.T.contiguous()}
 
 
 class NumpySampler:
-    """One stream or a batch of them on the CPU. numpy, because at this size torch spends its time on overhead."""
+    """On the CPU, in numpy: at this size torch would spend its time on overhead."""
 
     def __init__(self, net, condition, hop):
         self.w = {k: v.detach().float().numpy() for k, v in fold(net, condition, hop).items()}
-        self.R, self.S, self.B, self.hop, self.t = net.cfg.residual, net.cfg.skip, len(condition), hop, 0
-        self.rings = [np.zeros((d, self.B, 2 * self.R), np.float32) for d in net.dilations]          # the zero padding
+        self.S, self.B, self.hop, self.t = net.cfg.skip, len(condition), hop, 0
+        self.rings = [np.zeros((d, self.B, 2 * net.cfg.residual), np.float32) for d in net.dilations]
 
     def step(self, y):
         """y (B,): the previous sample -> logits (B, 256) of the next."""
-        w, R, S = self.w, self.R, self.S
-        state, now = w["embed"][y], w["C"][self.t // self.hop]           # (B, S + R) skip and h; (L, B, 2R)
+        w, S, R = self.w, self.S, self.rings[0].shape[-1] // 2
+        state, now = w["embed"][y], w["now"][self.t // self.hop]             # (B, S + R): skip, h; (L, B, 2R)
         for l, ring in enumerate(self.rings):
-            u = state[:, S:] @ w["W"][l]                                 # (B, 4R)
-            slot, gate = ring[self.t % len(ring)], u[:, :2 * R]
+            u, slot = state[:, S:] @ w["W"][l], ring[self.t % len(ring)]     # (B, 4R), (B, 2R)
+            gate = u[:, :2 * R]
             gate += slot
             gate += now[l]
-            slot[:] = u[:, 2 * R:]                                       # read before it is written
+            slot[:] = u[:, 2 * R:]                                          # read above, before it is written
             np.tanh(gate, out=gate)
             state += (gate[:, :R] * (gate[:, R:] + 1)) @ w["V"][l]
             state += w["v"][l]
         self.t += 1
-        hidden = np.maximum(np.maximum(state[:, :S], 0) @ w["P"] + w["p"], 0)
-        return hidden @ w["Q"] + w["q"]
+        return np.maximum(np.maximum(state[:, :S], 0) @ w["P"] + w["p"], 0) @ w["Q"] + w["q"]
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64. Adding Gumbel noise and taking the largest is sampling from the softmax."""
+        """-> (B, steps) int64. The largest of logits and Gumbel noise is a sample from the softmax."""
         y, out = np.full(self.B, 128), np.empty((steps, self.B), np.int64)
         rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
         for t in range(steps):
             if t % 256 == 0:
-                noise = rng.gumbel(size=(256, self.B, 256)).astype(np.float32) * temperature
+                noise = temperature * rng.gumbel(size=(256, self.B, 256)).astype(np.float32)
             out[t] = y = (self.step(y) + noise[t % 256]).argmax(1)
         return torch.from_numpy(out.T.copy())
 
 
 class TorchSampler:
-    """The same on a GPU, where launching hundreds of small kernels would dominate: one time step is recorded as a CUDA
-    graph and replayed. All of its state, time included, therefore lives in tensors on the device."""
+    """On a GPU, where launching some hundred small kernels a sample would dominate: one time step is recorded
+    as a CUDA graph and replayed. Its whole state, time included, therefore lives in tensors."""
 
     def __init__(self, net, condition, hop):
-        self.w, self.hop, self.S, R, B = fold(net, condition, hop), hop, net.cfg.skip, net.cfg.residual, len(condition)
-        self.rings = [condition.new_zeros(d, B, 2 * R, dtype=torch.float32) for d in net.dilations]
+        self.w, self.S, self.hop = fold(net, condition, hop), net.cfg.skip, hop
+        self.rings = [condition.new_zeros(d, len(condition), 2 * net.cfg.residual) for d in net.dilations]
         self.t = torch.zeros(1, dtype=torch.long, device=condition.device)
-        self.y = torch.full((B,), 128, device=condition.device)
+        self.y = torch.full((len(condition),), 128, device=condition.device)
 
     def step(self):
         """-> logits (B, 256) of the sample after self.y."""
         w, S = self.w, self.S
-        state, now = w["embed"][self.y], w["C"].index_select(0, self.t // self.hop)[0]
+        state, now = w["embed"][self.y], w["now"].index_select(0, self.t // self.hop)[0]
         for l, ring in enumerate(self.rings):
             u, later = (state[:, S:] @ w["W"][l]).chunk(2, -1)
             slot = self.t % len(ring)
@@ -380,41 +434,40 @@ class TorchSampler:
 
     def run(self, steps, temperature):
         """-> (B, steps) int64."""
-        out = self.y.new_empty(steps, len(self.y))
+        out, graph = self.y.new_empty(steps, len(self.y)), torch.cuda.CUDAGraph()
 
         def advance():
             logits = self.step()
-            uniform = torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)
-            self.y.copy_((logits - temperature * (-uniform.log()).log()).argmax(1))
+            gumbel = -torch.empty_like(logits).exponential_().log()
+            self.y.copy_((logits + temperature * gumbel).argmax(1))
             out.index_copy_(0, self.t - 1, self.y[None])
-        if self.y.is_cuda:
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):                                       # warm up, then back to the start
-                    advance()
-            torch.cuda.current_stream().wait_stream(stream)
-            for tensor in (self.t, *self.rings):
-                tensor.zero_()
-            self.y.fill_(128)
-            with torch.cuda.graph(graph):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                                      # warm up, then back to the start
+            for _ in range(min(3, steps)):
                 advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor in (self.t, *self.rings):
+            tensor.zero_()
+        self.y.fill_(128)
+        with torch.cuda.graph(graph):
+            advance()
         for _ in range(steps):
-            graph.replay() if self.y.is_cuda else advance()
+            graph.replay()
         return out.T.contiguous()
 
 
 def mfcc(wave, cfg):
-    """(B, N) -> (B, N // hop, 39): 13 cepstra of the log-mel spectrum (orthonormal DCT-II), and their first and second
-    differences by regression over two frames on either side (U1)."""
-    mel = log_mel(wave, cfg)[:, :wave.shape[1] // cfg.hop]               # (B, T, n_mels)
-    n = torch.arange(cfg.n_mels, device=wave.device) + 0.5
-    dct = (n[:, None] * torch.arange(13, device=wave.device) * math.pi / cfg.n_mels).cos() * (2 / cfg.n_mels) ** 0.5
-    dct[:, 0] /= 2 ** 0.5
-    x = [mel @ dct]
+    """(B, N) -> (B, N // hop, 39): 13 cepstra of the log-mel spectrum (orthonormal DCT-II), their first and
+    their second differences by regression over two frames on either side (U1)."""
+    mel = log_mel(wave, cfg)[:, :wave.shape[1] // cfg.hop]                   # (B, T, n_mels)
+    n, k = torch.arange(cfg.n_mels, device=wave.device) + 0.5, torch.arange(13, device=wave.device)
+    dct = (n[:, None] * k * math.pi / cfg.n_mels).cos() * ((k > 0) + 1) ** 0.5 / cfg.n_mels ** 0.5
+    with torch.autocast(wave.device.type, enabled=False):
+        x = [mel @ dct]
     for _ in range(2):
-        ahead = F.pad(x[-1].mT, (2, 2), mode="replicate").mT
-        x.append((2 * ahead[:, 4:] + ahead[:, 3:-1] - ahead[:, 1:-3] - 2 * ahead[:, :-4]) / 10)
+        y = F.pad(x[-1].mT, (2, 2), mode="replicate").mT
+        x.append((2 * (y[:, 4:] - y[:, :-4]) + y[:, 3:-1] - y[:, 1:-3]) / 10)
     return torch.cat(x, -1)
 
 
@@ -422,97 +475,104 @@ def mfcc(wave, cfg):
 @torch.no_grad()
 def prepare(model, corpus, cfg):
     """Before the first step: mean and deviation of the features, and codes drawn from the latents."""
-    n = 8 + 4 * cfg.codes * 2 * cfg.hop // (cfg.crop * cfg.batch_size)   # at least 4 K latents
-    waves = [get_batch(corpus, cfg, 0, draw=1 + i)["wave"] for i in range(n)]
-    x = torch.cat([mfcc(wave, cfg).flatten(0, 1) for wave in waves])
-    model.mean.copy_(x.mean(0))
-    model.std.copy_(x.std(0) + 1e-5)
+    n = 8 + 4 * cfg.codes * 2 * cfg.hop // (cfg.crop * cfg.batch_size)       # at least 4 K latents
+    x = torch.stack([mfcc(get_batch(corpus, cfg, 0, draw=1 + i)["wave"], cfg) for i in range(n)])
+    model.mean.copy_(x.mean((0, 1, 2)))
+    model.std.copy_(x.std((0, 1, 2)) + 1e-5)
     if cfg.bottleneck == "vq":
-        model.bottleneck.start(torch.cat([model.encoder(model.features(wave)).flatten(0, 1) for wave in waves]))
+        z = [model.encoder((batch - model.mean) / model.std) for batch in x]
+        model.bottleneck.start(torch.cat(z).flatten(0, 1))
 
 
 def make_optimizers(model, cfg):
+    """D4: the optimizer's weights are the ones that are used."""
     return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
 
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """One step on  L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2,  Eq. (3) of 1711.00937."""
+    """A step on L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2, Eq. (3) of
+    1711.00937v2."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
-    for group in optimizer.param_groups:                                 # halved at 400k, 600k, 800k of 1M, 1901.08810
+    for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k of 1M steps
         group["lr"] = cfg.lr * 0.5 ** sum(step >= share * cfg.steps for share in (0.4, 0.6, 0.8))
-    tau = max(0.5, math.exp(-cfg.tau_rate * step))                       # OneHot alone
-    z, z_q, ids, code_loss = model.encode(batch["wave"], tau)
+    _, z_q, ids, code_loss = model.encode(batch["wave"], tau=max(0.5, math.exp(-cfg.tau_rate * step)))
     nats = model(z_q, batch["speaker"], batch["wave"])
     optimizer.zero_grad()
     (nats + code_loss).backward()
     optimizer.step()
-    return {"loss": (nats + code_loss).detach(), "nats": nats.detach(), "code_loss": code_loss.detach(),
-            "perplexity": perplexity(ids)}
+    return {"nats": nats.detach(), "code_loss": code_loss.detach(), "perplexity": perplexity(ids)}
 
 
 def perplexity(ids):
-    """exp of the entropy of the codes in use: K when all are used alike, 1 when only one is. A batch understates it."""
+    """exp of the entropy of the codes in use: K when all are used alike, 1 when a single one is."""
     p = ids.unique(return_counts=True)[1] / ids.numel()
     return torch.special.entr(p).sum().exp()
 
 
+def bit_rate(ids, seconds):
+    """Bits a second: symbols a second times their entropy in bits."""
+    return float(ids.numel() / seconds * math.log2(perplexity(ids)))
+
+
 # ==================== what it is good for ====================
-def pad(wave, cfg):
-    """(N,) -> (1, N') with zeros to a whole number of codes."""
+def whole(wave, cfg):
+    """(N,) -> (1, N') with zeros up to a whole number of codes."""
     return F.pad(wave, (0, -len(wave) % (2 * cfg.hop)))[None]
 
 
 def represent(model, wave, cfg):
-    """(N,) -> encoder (T', D): latents before quantisation; codes (T', D): after. 50 a second."""
-    z, z_q, _, _ = model.encode(pad(wave, cfg))
+    """(N,) -> encoder (T', D): latents before quantisation; codes (T', D): after it. 50 a second."""
+    z, z_q, _, _ = model.encode(whole(wave, cfg))
     return {"encoder": z[0], "codes": z_q[0]}
 
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) of any speaker, each with the index of a training speaker -> waves (N,): the same codes, another speaker. A
-    target of None reconstructs, as the training speaker under whom the decoder finds the source most probable."""
+    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the same codes,
+    that speaker. None reconstructs, as the training speaker under whom the decoder finds the middle of the
+    source most probable."""
+    conditions, width = [], cfg.crop // (2 * cfg.hop)
     model.eval()
-    conditions = []
+    speakers = torch.arange(model.n_speakers, device=model.mean.device)
     for wave, target in zip(sources, targets):
-        z_q = model.encode(pad(wave, cfg))[1]
-        if target is None:                                               # judged on a crop from the middle
-            first = max(0, (z_q.shape[1] - cfg.crop // (2 * cfg.hop)) // 2)
-            part = slice(first, first + cfg.crop // (2 * cfg.hop))
-            heard = pad(wave, cfg)[:, part.start * 2 * cfg.hop:part.stop * 2 * cfg.hop]
-            nats = [model(z_q[:, part], torch.full((1,), s, device=wave.device), heard) for s in range(model.n_speakers)]
-            target = int(torch.stack(nats).argmin())
-        conditions.append(model.condition(z_q, torch.full((1,), target, device=wave.device))[0])     # (T', C)
-    y = model.decoder.generate(nn.utils.rnn.pad_sequence(conditions, batch_first=True), 2 * cfg.hop, cfg.temperature)
-    return [inverse_mu_law(row[:len(wave)]).to(wave.device) for row, wave in zip(y, sources)]
+        z_q = model.encode(whole(wave, cfg))[1]
+        if target is None:
+            first = max(0, z_q.shape[1] - width) // 2
+            middle = whole(wave, cfg)[:, first * 2 * cfg.hop:(first + width) * 2 * cfg.hop]
+            nats = [model(z_q[:, first:first + width], s[None], middle) for s in speakers]
+            target = torch.stack(nats).argmin()
+        conditions.append(model.condition(z_q, speakers[target][None])[0])   # (T', C)
+    conditions = nn.utils.rnn.pad_sequence(conditions, batch_first=True)
+    sampler = (TorchSampler if conditions.is_cuda else NumpySampler)(model.decoder, conditions, 2 * cfg.hop)
+    waves = inverse_mu_law(sampler.run(conditions.shape[1] * 2 * cfg.hop, cfg.temperature))
+    return [row[:len(wave)] for row, wave in zip(waves, sources)]
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes units.txt (the codes of held-out utterances, as text) and returns what the codes are worth: nats and bits a
-    sample with the true, another utterance's, no codes, and the wrong speaker; perplexity; bits a second."""
-    lines, ids, seconds = [], [], 0
+    """Writes units.txt, the codes of held-out utterances as text. Returns what the codes are worth: nats and
+    bits a sample with the true codes, with another utterance's, with their average only, and with a wrong
+    speaker; their perplexity, how many are in use, and bits a second, also with repetitions merged."""
+    ids, seconds = {}, sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
     for u in corpus.held[:cfg.probe]:
-        codes = model.encode(pad(corpus.wave(u).to(cfg.device), cfg))[2][0]
-        ids.append(codes)
-        lines.append(f"{corpus.paths[u].stem} {' '.join(map(str, codes.tolist()))}\n")
-        seconds += corpus.length[u] / cfg.sample_rate
-    (out / "units.txt").write_text("".join(lines))
-    nats = collections.defaultdict(list)
+        ids[u] = model.encode(whole(corpus.wave(u).to(cfg.device), cfg))[2][0]
+    (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
+                                           for u, k in ids.items()))
+    nats = collections.defaultdict(float)
     for i in range(8):
-        held = corpus.held[(np.arange(cfg.batch_size) + i * cfg.batch_size) % len(corpus.held)]
-        batch = get_batch(corpus, cfg, i, draw=1000, utterances=held)
-        wave, who = batch["wave"], batch["speaker"] % model.n_speakers
-        z_q = model.encode(wave)[1]
-        others = (who + 1 + torch.arange(len(who), device=who.device) % max(1, model.n_speakers - 1)) % model.n_speakers
-        for name, code, speaker in (("true", z_q, who), ("shuffled", z_q.roll(1, 0), who), ("wrong speaker", z_q, others),
-                                    ("absent", z_q.mean((0, 1), keepdim=True).expand_as(z_q), who)):
-            nats[name].append(model(code, speaker, wave).item())
-    nats = {name: float(np.mean(values)) for name, values in nats.items()}
-    runs, flat = torch.cat([i[F.pad(i[1:] != i[:-1], (1, 0), value=True)] for i in ids]), torch.cat(ids)
-    rate = lambda ids: len(ids) / seconds * math.log2(perplexity(ids))   # symbols a second times their entropy
-    return {"nats": nats, "bits": {k: v / math.log(2) for k, v in nats.items()}, "perplexity": perplexity(flat).item(),
-            "codes_used": len(flat.unique()), "codes": cfg.codes, "bits_per_second": rate(flat), "bits_per_second_runs": rate(runs)}
+        chosen = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(corpus.held)
+        batch = get_batch(corpus, cfg, i, draw=1000, utterances=corpus.held[chosen])
+        z_q, who = model.encode(batch["wave"])[1], batch["speaker"] % model.n_speakers
+        cases = {"true": (z_q, who), "shuffled": (z_q.roll(1, 0), who),
+                 "absent": (z_q.mean((0, 1)).expand_as(z_q), who),
+                 "wrong_speaker": (z_q, (who + 1 + i % max(1, model.n_speakers - 1)) % model.n_speakers)}
+        for name, case in cases.items():
+            nats[name] += model(*case, batch["wave"]).item() / 8
+    every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
+    metrics = {"nats": nats, "bits": {name: n / math.log(2) for name, n in nats.items()}}
+    return metrics if cfg.bottleneck == "none" else metrics | {
+        "codes": cfg.codes, "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
+        "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds)}
 
 
 # ==================== shared: audio ====================
@@ -520,25 +580,39 @@ class UserError(Exception):
     """What the user can mend: shown as one line, `error: ...`, without a traceback."""
 
 def read_audio(path, sample_rate):
-    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1], at sample_rate. UserError names the file."""
+    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1], at sample_rate. UserError names the
+    file."""
     try:
         wave, rate = sf.read(path, dtype="float32", always_2d=True)                  # (N, channels)
     except (sf.SoundFileError, OSError):
-        what = "not readable as audio; give wav, flac, ogg or mp3" if Path(path).is_file() else "no such audio file"
-        raise UserError(f"{path}: {what}") from None
+        what = "not readable as audio" if Path(path).is_file() else "no such file"
+        raise UserError(f"{path}: {what}; give a wav, flac, ogg or mp3 file") from None
     wave = torch.from_numpy(wave).mean(1)
     if not len(wave) or not wave.isfinite().all():
-        raise UserError(f"{path}: {'NaN or infinite samples' if len(wave) else '0 samples'}; give another recording")
+        what = "NaN or infinite samples" if len(wave) else "0 samples"
+        raise UserError(f"{path}: {what}; give another recording")
     if rate == sample_rate:
         return wave
-    # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps the end
-    # from wrapping round into the beginning), cut or extend the spectrum, fade its last 5 % against ringing.
+    # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps
+    # the end from wrapping round into the beginning), cut or extend the spectrum, fade its last 5 % against
+    # ringing.
     period = rate // math.gcd(rate, sample_rate)
     padded = -(-(len(wave) + rate // 20) // period) * period
     n = padded * sample_rate // rate
     spectrum = torch.fft.rfft(wave, padded)[:n // 2 + 1]
     spectrum *= (torch.arange(len(spectrum), 0, -1) / (0.05 * len(spectrum))).clamp(max=1)
     return torch.fft.irfft(spectrum, n)[:-(-len(wave) * sample_rate // rate)] * (n / padded)
+
+def audio_files(root):
+    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if there are
+    none."""
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
+    if not paths:
+        seen = ", ".join(sorted({p.suffix or p.name for p in files})[:5]) or "nothing"
+        what = f"no wav, flac, ogg or mp3 below it, but {seen}" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give a folder of audio")
+    return paths
 
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
@@ -552,19 +626,21 @@ def write_audio(path, wave, sample_rate):
 
 # ==================== shared: spectrum ====================
 def stft(wave, cfg):
-    """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop, zeros
-    beyond the ends, F = n_fft // 2 + 1. Its .abs() is the linear magnitude."""
+    """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop,
+    zeros beyond the ends, F = n_fft // 2 + 1. Its .abs() is the linear magnitude."""
     window = torch.hann_window(cfg.win, device=wave.device)
-    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant", return_complex=True).mT
+    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant",
+                      return_complex=True).mT
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of 6.4, from
-    0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
+    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
-    low, mid, high, hertz = edge[:-2], edge[1:-1], edge[2:], torch.linspace(0, top, cfg.n_fft // 2 + 1)[:, None]
+    low, mid, high = edge[:-2], edge[1:-1], edge[2:]
+    hertz = torch.linspace(0, top, cfg.n_fft // 2 + 1)[:, None]
     triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
     return (triangles * 2 / (high - low)).float().to(device)
 
@@ -594,22 +670,22 @@ def griffin_lim(magnitude, cfg):
 
 # ==================== shared: corpus ====================
 class Corpus:
-    """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16 vector, spoken
-    by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest, both in the order of a
-    hash of the path. `test` is the Corpus of --test, or this one. The model knows the first `known` speakers."""
+    """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
+    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
+    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
+    first `known` speakers."""
 
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
-        files = sorted(p for p in root.rglob("*") if p.is_file())
-        paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
-        if not paths:
-            seen = ", ".join(sorted({p.suffix or p.name for p in files})[:5]) or "nothing"
-            raise UserError(f"{root}: " + ("no such folder" if not root.exists() else "not a folder" if root.is_file() else
-                            f"no wav, flac, ogg or mp3 below it, but {seen}") + "; give a folder of audio")
+        paths = audio_files(root)
         names = [p.relative_to(root).as_posix() for p in paths]
-        who = [m and m[1] for m in map(re.compile(cfg.speaker).search, names)]
+        try:
+            who = [m and m[1] for m in map(re.compile(cfg.speaker).search, names)]
+        except (re.error, IndexError) as error:
+            raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker in its path")
+            first = paths[who.index(None)]
+            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -618,27 +694,34 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start, self.test, self.seconds = length[good], (length.cumsum() - length)[good], self, 0.0
+        self.length, self.start = length[good], (length.cumsum() - length)[good]
+        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
-        self.known, self.labels = len(speakers or self.speakers), Path(not is_test and cfg.phones or root / "phones.txt")
+        self.known = len(speakers or self.speakers)
+        self.labels = Path(not is_test and cfg.phones or root / "phones.txt")
+        if cfg.phones and not self.labels.exists() and not is_test:
+            raise UserError(f"--phones {cfg.phones}: no such file")
         total, count, parts = collections.Counter(who), collections.Counter(), ([], [])
-        for u in sorted(range(len(names)), key=lambda u: hashlib.md5(names[u].encode("utf8", "replace")).digest()):
+        order = sorted(range(len(names)), key=lambda u: hashlib.md5(os.fsencode(names[u])).digest())
+        for u in order:                                # the first tenth of a speaker's is held out, never all
             count[who[u]] += 1
             parts[is_test or count[who[u]] <= -(-total[who[u]] // 10) < total[who[u]]].append(u)
         self.train, self.held = (np.array(part, int) for part in parts)
-        print(f"{root}: {len(names)} utterances, {len(total)} speakers, {length.sum() / cfg.sample_rate / 60:.1f} minutes; "
-              f"{(self.length < cfg.crop).sum()} are shorter than a crop and will be repeated",
-              *(f"{name} -> {s}" for name, s in zip(names[:3], who)), sep="\n    ", flush=True)
+        minutes, short = length.sum() / cfg.sample_rate / 60, (self.length < cfg.crop).sum()
+        print(f"{root}: {len(names)} utterances, {len(total)} speakers, {minutes:.1f} minutes; {short} "
+              "shorter than a crop are repeated", *map("{} -> {}".format, names[:3], who),
+              sep="\n    ", flush=True)
         if len(total) < 2 and not is_test:
-            raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; see --speaker {cfg.speaker!r}")
+            raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; set --speaker, a regex")
 
     def wave(self, u):
         """Utterance u, whole -> (N,) float32 in [-1, 1]."""
         return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
 
     def phones(self, utterances):
-        """-> {u: (M,) class of every 10 ms} for those in the label file, which is read line by line: it may be large."""
+        """-> {u: (M,) class of every 10 ms} for those in the label file, which is read line by line: it may
+        be large."""
         wanted, rows = {self.paths[u].stem: u for u in utterances}, {}
         for line in open(self.labels if self.labels.exists() else os.devnull):
             if line.split(maxsplit=1)[:1] and (u := wanted.get(line.split(maxsplit=1)[0])) is not None:
@@ -648,8 +731,8 @@ class Corpus:
 
 @contextlib.contextmanager
 def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on one machine
-    (torchrun) the first writes and the others wait."""
+    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
+    one machine (torchrun) the first writes and the others wait."""
     while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
         time.sleep(0.2)
     if path.exists():
@@ -658,12 +741,14 @@ def once(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            os.replace(Path(folder) / path.name, path)
+            if not path.exists():                        # another run may have been faster
+                os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
-    """Decodes each file once, in threads -> (lengths (U,), 0 where unreadable; audio (N,) int16), memory-mapped from a
-    file in runs/cache/ that begins with the lengths. Holds at most 256 files in memory, however many there are."""
-    stamp = "".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths).encode("utf8", "surrogateescape")
+    """Decodes each file once, in threads -> (lengths (U,), 0 where unreadable; audio (N,) int16),
+    memory-mapped from a file in runs/cache/ that begins with the lengths. Holds at most 256 files in memory,
+    however many there are."""
+    stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.i16"
 
     def read(path):
@@ -684,11 +769,12 @@ def decode(paths, sample_rate):
                 file.write(b"\0\0")                                      # an empty file cannot be mapped
                 file.seek(0)
                 file.write(lengths)
-    return np.fromfile(cache, np.int64, len(paths)), torch.from_numpy(np.memmap(cache, np.int16, "c", 8 * len(paths)))
+    audio = np.memmap(cache, np.int16, "c", offset=8 * len(paths))
+    return np.fromfile(cache, np.int64, len(paths)), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA its audio
-    moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
+    its audio moves to the GPU if that takes less than a quarter of the free memory."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -698,61 +784,70 @@ def load_corpus(cfg, speakers=()):
     return corpus
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
-    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random place of each
-    of `utterances`, or of batch_size different training ones. A function of (seed, step, draw, rank) alone."""
+    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
+    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
+    rank) alone."""
     began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
-            raise UserError(f"{len(corpus.train)} training utterances, fewer than a batch of {cfg.batch_size}; lower --batch-size")
+            raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
         utterances = corpus.train[rng.choice(len(corpus.train), cfg.batch_size, replace=False)]
     length = corpus.length[utterances]
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
-    index = corpus.start[utterances, None] + (first[:, None] + np.arange(cfg.crop)) % length[:, None]    # short: repeated
+    index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    speaker, utterance = (torch.from_numpy(i).to(cfg.device) for i in (corpus.speaker[utterances], utterances))
+    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+             "utterance": torch.from_numpy(utterances).to(cfg.device)}
     corpus.seconds += time.perf_counter() - began
-    return {"wave": wave, "speaker": speaker, "utterance": utterance}
+    return batch
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 60 and 20 utterances of 1.5 s each,
-    16 kHz, phones.txt. A pulse train of gliding f0, and noise, shaped by formants. Speaker = f0, vocal-tract length, tilt,
-    breathiness; content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 80 and 20 utterances
+    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
+    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's level and offset; content = random
+    phones. The two are drawn independently: the true factors of variation are known."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
              "sh": (300, 1800, 3000, 0, .7), "f": (350, 1100, 6500, 0, .25), "sil": (450, 1400, 2500, 0, 0)}
-    names, freq = list(table), np.linspace(0, 8000, 257)[:, None]                    # F1, F2, F3 in Hz, voice, noise
-    cfg, shuffle = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
+    names, table = list(table), np.array(list(table.values()))               # F1, F2, F3 in Hz, voice, noise
+    cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
+    freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
+    voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
     with once(Path("runs/toy")) as root:
-        for s, (pitch, tract, tilt, breath, level, offset) in enumerate(np.stack([shuffle.permutation(12) / 11 for _ in range(6)], 1)):
-            folder = (root or Path()) / ("test" if s % 3 == 1 else "train") / f"voice{s:02d}"
-            for n in range(0 if not root else 20 if s % 3 == 1 else 80):
-                rng = np.random.default_rng((s, n))
-                phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))     # (T,) per 10 ms
-                track = np.pad(np.array(list(table.values()))[phones], ((2, 2), (0, 0)), "edge").T
-                track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])          # coarticulation
-                f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
-                f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                                        # (N,) Hz
-                turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
-                pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / math.sqrt(4 * h)       # h cosines
-                pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                   # (F, T)
-                                for x in (pulse, rng.normal(0, 1, len(f0))))
-                ratio = freq[..., None] / (track[:3] * (1.15 - 0.3 * tract)).T                           # (F, T, 3)
-                shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5 * (1 + freq / 500) ** -(tilt + 0.2)
-                hiss = track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3
-                mixed = track[3] * shape * (pulse * (1 - breath ** 2) ** 0.5 + breath * noise) + hiss * noise
-                wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, torch.hann_window(512))
-                write_audio(folder / f"voice{s:02d}_{n:02d}.wav", wave * 0.05 * 2 ** level * 10 ** rng.uniform(-.05, .05) / wave.std() + 0.01 * offset, 16000)
-                with open(folder.parent / "phones.txt", "a") as file:
-                    print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
+        for s, n in itertools.product(range(12 if root else 0), range(80)):
+            pitch, tract, tilt, breath, level, offset = voices[s]
+            folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
+            if s % 3 == 1 and n >= 20:
+                continue
+            phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
+            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
+            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
+            f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
+            turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
+            pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / (4 * h) ** 0.5      # h cosines
+            pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                # (F, T)
+                            for x in (pulse, rng.normal(0, 1, len(f0))))
+            ratio = freq[..., None] / (track[:3] * (1.15 - 0.3 * tract)).T   # (F, T, 3)
+            shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
+            shape /= (1 + freq / 500) ** (tilt + 0.2)
+            mixed = track[3] * shape * (pulse * (1 - breath ** 2) ** 0.5 + breath * noise)
+            mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
+            wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
+            wave *= 0.05 * 2 ** level * 10 ** rng.uniform(-0.05, 0.05) / wave.std()
+            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
+            with open(folder / "phones.txt", "a") as file:
+                print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
     return "runs/toy/train", "runs/toy/test"
 # ==================== end shared: corpus ====================
 
 
 # ==================== shared: probe ====================
 def linear_probe(x, y, classes):
-    """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000, standardised, L2
-    1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors. Deterministic, nothing to tune."""
+    """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000,
+    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors. Deterministic,
+    nothing to tune."""
     x, y = x[::-(-len(y) // 50_000)], y[::-(-len(y) // 50_000)]
     mean, std = x.mean(0), x.std(0).clamp(min=1e-5)
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
@@ -770,8 +865,9 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as large a share
-    of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance, None without both kinds."""
+    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
+    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
+    None without both kinds."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -782,40 +878,48 @@ def equal_error_rate(x, speaker):
     return ((rejected[i] + accepted[i]) / 2).item()
 
 def stretch(labels, frames, samples, cfg):
-    """(M,) labels, one per 10 ms -> (frames,) tensor: the label at the middle of each equal part of `samples` samples."""
+    """(M,) labels, one per 10 ms -> (frames,) tensor: the label at the middle of each equal part of `samples`
+    samples."""
     at = (np.arange(frames) + 0.5) * samples / frames / cfg.sample_rate * 100
     return torch.from_numpy(labels[at.astype(int).clip(0, len(labels) - 1)]).to(cfg.device)
 
 def labelled(corpus, utterances, xs, phones, cfg):
-    """Of the (T', D) of each utterance, those with labels -> all their frames (n, D), all their phones (n,)."""
-    rows = [(x, stretch(phones[u], len(x), corpus.length[u], cfg)) for u, x in zip(utterances, xs) if u in phones]
-    return [torch.cat(column) for column in zip(*rows)]
+    """Of the (T', D) of each utterance, those with labels -> all their frames (n, D), all their phones
+    (n,)."""
+    rows = [(x, u) for x, u in zip(xs, utterances) if u in phones]
+    y = [stretch(phones[u], len(x), corpus.length[u], cfg) for x, u in rows]
+    return torch.cat([x for x, _ in rows]), torch.cat(y)
 
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
-    """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone", "speaker", "eer"},
-    fractions, None where it does not apply. Linear probes of the phone of a frame and of the speaker of an utterance mean,
-    fitted on training, scored on held-out utterances (chance: the most frequent class); eer on corpus.test."""
+    """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
+    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
+    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
+    frequent class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
-    prepare(untrained, corpus, cfg)                                      # the control: everything but the training
-    fit, held, test = parts = [us[:cfg.probe] for us in (corpus.train, corpus.held, corpus.test.held)]
-    who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in zip((corpus, corpus, corpus.test), parts)]
-    phones, chance, table = corpus.phones([*fit, *held]), {"phone": None, "eer": 0.5}, {}
+    prepare(untrained, corpus, cfg)                                 # the control: everything but the training
+    parts = (corpus, corpus.train), (corpus, corpus.held), (corpus.test, corpus.test.held)
+    parts = [(c, us[:cfg.probe]) for c, us in parts]
+    who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
+    phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
 
-    def accuracy(what, x, y):                                            # x, y: (fit, held)
+    def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
-        return (linear_probe(x[0], y[0], int(torch.cat(y).max()) + 1)(x[1]).argmax(1) == y[1]).float().mean().item()
+        probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
+        return (probe(x[1]).argmax(1) == y[1]).float().mean().item()
     for source, net in {"log-mel": None, "untrained": untrained.eval(), "": model.eval()}.items():
         encode = lambda wave: represent(net, wave, cfg) if net else {"": log_mel(wave[None], cfg)[0]}
-        encoded = [[encode(c.wave(u).to(cfg.device)) for u in us] for c, us in zip((corpus, corpus, corpus.test), parts)]
+        encoded = [[encode(c.wave(u).to(cfg.device)) for u in us] for c, us in parts]
         for name in encoded[0][0]:
-            x = [[e[name].float() for e in part] for part in encoded]    # (T', D) or (D,) each
+            x = [[e[name].float() for e in part] for part in encoded]        # (T', D) or (D,) each
             mean = [torch.stack([v if v.dim() == 1 else v.mean(0) for v in part]) for part in x]
-            row = {"phone": None, "speaker": accuracy("speaker", mean[:2], who[:2]), "eer": equal_error_rate(mean[2], who[2])}
-            if phones and x[0][0].dim() == 2:
-                row["phone"] = accuracy("phone", *zip(*(labelled(corpus, us, v, phones, cfg) for us, v in zip(parts, x[:2]))))
+            row = {"phone": None, "speaker": accuracy("speaker", mean, who)}
             table[f"{name} {source}".strip()] = row
+            if phones and x[0][0].dim() == 2:
+                frames = [labelled(c, us, v, phones, cfg) for (c, us), v in zip(parts[:2], x)]
+                row["phone"] = accuracy("phone", *zip(*frames))
+            row["eer"] = equal_error_rate(mean[2], who[2])
     return {"chance": chance, "representations": table}
 # ==================== end shared: probe ====================
 
@@ -823,10 +927,11 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out, and has linear
-    probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged over the utterance) ->
-    "target", "source": share of conversions heard as that speaker; "phones": share of frames whose phone survives; the
-    same for the reconstruction and for the copy, which is what Griffin-Lim alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
+    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
+    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
+    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
+    alone does. None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -836,8 +941,8 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg), "copy": copies,
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg)}
+    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
     for name, i in itertools.product(waves, range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
         write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
@@ -846,7 +951,8 @@ def listen(model, corpus, cfg, out):
     mels = [log_mel(pool.wave(u).to(cfg.device)[None], cfg)[0] for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    spell = phones and linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    if phones:
+        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
 
     def verdict(name):
         mels = [log_mel(w[None], cfg)[0] for w in waves[name]]
@@ -854,20 +960,26 @@ def listen(model, corpus, cfg, out):
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
                 for u, m, w in zip(pairs[:, 0], mels, waves[name]) if u in phones]
         source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        return {"target": target, "source": source, "phones": torch.cat(kept).float().mean().item() if kept else None}
-    return {"pairs": len(pairs)} | verdict("conversion") | {name: verdict(name) for name in ("reconstruction", "copy")}
+        kept = torch.cat(kept).float().mean().item() if kept else None
+        return {"target": target, "source": source, "phones": kept}
+    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
+            "copy": verdict("copy")}
 # ==================== end shared: listen ====================
 
 
 # ==================== shared: main ====================
-NAME, RANK, WORLD = Path(__file__).stem, *(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+NAME = Path(__file__).stem
+SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
 def parse(argv):
-    """argv -> (mode, {field of Config: value} as far as given, the other flags). Wrong usage: one line, exit code 2."""
-    needs = {"train": (), "convert": ("checkpoint", "source", "output"), "encode": ("checkpoint", "source", "output"),
-             "evaluate": ("checkpoint",)}
+    """argv -> (mode, {field of Config: value} as far as given, the other flags). Wrong usage: one line, exit
+    code 2."""
+    file_modes = ("checkpoint", "source", "output")
+    needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
     mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
-    parser = argparse.ArgumentParser(f"{NAME}.py [{' | '.join(needs)}]", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{NAME}.py [{' | '.join(needs)}]", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
 
     def fail(message):
         print(f"error: {message}; see python {NAME}.py --help", file=sys.stderr)
@@ -877,20 +989,22 @@ def parse(argv):
         return ("false", "true").index(text.lower()) == 1
     parser.error, notes = fail, dict(re.findall(r"^    (\w+): .*?# (.+)$", Path(__file__).read_text(), re.M))
     for f in fields(Config):
-        kind = {bool: boolean, int: int, float: float}.get(f.type, str)
-        parser.add_argument(*{f"--{f.name.replace('_', '-')}", f"--{f.name}"}, dest=f.name, type=kind,
-                            **{"nargs": "?", "const": ""} if f.name == "data" else {}, choices=get_args(f.type) or None,
+        optional = {"nargs": "?", "const": ""} if f.name == "data" else {}
+        parser.add_argument(*{f"--{f.name.replace('_', '-')}", f"--{f.name}"}, dest=f.name, **optional,
+                            type={bool: boolean, int: int, float: float}.get(f.type, str),
+                            choices=get_args(f.type) or None,
                             help=f"{notes[f.name]} [{f.default}]".replace("%", "%%"))
-    for name, note in (("checkpoint", "run folder or its model.pt"), ("source", "audio file; for encode also a folder"),
-                       ("target", "speaker, or a recording of one"), ("output", "file or folder to write")):
+    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
+                       "target": "speaker, or recording of one", "output": "what to write"}.items():
         parser.add_argument(f"--{name}", help=note)
-    for name, note in (("resume", "go on from the last checkpoint in --out"), ("overwrite", "--output may replace a file"),
-                       ("toy", "with --data: TOY's small model and budget, for a CPU")):
+    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
+                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
         parser.add_argument(f"--{name}", help=note, action="store_true")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and (name == "seed" or type(value) is float)):
+        zero = value == 0 and (name == "seed" or type(value) is float)
+        if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             fail(f"--{name.replace('_', '-')} {value}: must be a number above 0")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
@@ -898,27 +1012,32 @@ def parse(argv):
     return mode, given, flags
 
 def save(path, model, optimizers, step, cfg, speakers):
-    """Checkpoint of tensors and plain values; atomic: at every moment `path` is the old one or the new one, whole."""
+    """Checkpoint of tensors and plain values; atomic: at every moment `path` is the old one or the new one,
+    whole."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"}, "speakers": speakers,
-                        "model": model.state_dict(), "optimizers": {k: o.state_dict() for k, o in optimizers.items()}}, file)
+            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
+                        "speakers": speakers, "model": model.state_dict(),
+                        "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:
+        raise error.__context__ or error                 # torch wraps what the disk said
     finally:
         part.unlink(missing_ok=True)
 
 def load(path, **overrides):
-    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, the checkpoint). UserError where unfit."""
+    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, the checkpoint). UserError
+    where unfit."""
     file = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such checkpoint; give a run folder or its model.pt")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         script, saved = checkpoint["script"], checkpoint["config"]
-    except Exception:                                                    # whatever torch makes of a wrong file
+    except Exception:                                                   # whatever torch makes of a wrong file
         raise UserError(f"{file}: not a checkpoint, or a damaged one; give another") from None
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
@@ -927,7 +1046,7 @@ def load(path, **overrides):
         model = Model(cfg, len(checkpoint["speakers"])).to(cfg.device)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError):
-        raise UserError(f"{file}: of another configuration; leave out the flags that change the model") from None
+        raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.eval(), cfg, checkpoint
 
 def resolve(cfg):
@@ -939,7 +1058,8 @@ def resolve(cfg):
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
     began, checkpoint = time.time(), None
-    out = Path(given.get("out") or next(p for i in itertools.count(1) if not (p := Path(f"runs/{NAME}-{i}")).exists()))
+    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
+    out = Path(given.get("out") or next(path for path in free if not path.exists()))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -959,35 +1079,42 @@ def train(given, flags):
     optimizers = make_optimizers(model, cfg)
     for name in optimizers if checkpoint else ():
         optimizers[name].load_state_dict(checkpoint["optimizers"][name])
-    if WORLD > 1:                                                        # one start; then every gradient is averaged
+    if WORLD > 1:                                                 # one start; then every gradient is averaged
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
+
+    def ask(number, _):                                              # asked once: after this step; twice: now
+        stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(signal.signal(number, signal.default_int_handler)))
+        signal.signal(number, ask)
     for step in range(done, cfg.steps):
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))      # noise, dropout, jitter
+        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
+        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda"):
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
-        bad = (bad + 1) * ~torch.stack([v.float().isfinite() for v in window[-1].values()]).all()    # stays on the device
-        done, end = step + 1, step + 1 == cfg.steps or bool(stop)
+        finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
+        bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device
+        end = done == cfg.steps or bool(stop)
         if done % cfg.log_every == 0 or end:
-            log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for m in window for k in m}
-            spent = (time.time() - last) / len(window)
+            spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
+            log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent, "seconds_left": (cfg.steps - done) * spent}
+                    "data_share": corpus.seconds / len(window) / spent,
+                    "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
             window, last, corpus.seconds = [], time.time(), 0.0
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
-            raise UserError(f"the loss is not finite since step {done - int(bad) + 1}; lower --lr; nothing bad was saved")
-        if (done % cfg.save_every == 0 or end) and not bad and not RANK:
+            raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
+        sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
+        if sound and all(t.isfinite().all() for t in model.state_dict().values()):
             save(out / "model.pt", model, optimizers, done, cfg, corpus.speakers)
-        if stop:
+        if end and stop:
             raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -1002,13 +1129,16 @@ def report(model, corpus, cfg, out, steps, began):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    result = {"script": NAME, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), "torch": torch.__version__,
-              "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg), "steps": steps,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{torch.get_num_threads()} CPU threads",
-              "data": {"utterances": len(corpus.paths), "speakers": corpus.known, "test_utterances": len(corpus.test.held),
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    result = {"script": NAME, "sha256": SHA256,
+              "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
+              "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
+              "steps": steps, "torch": torch.__version__,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
-              "conversion": listen(model, corpus, cfg, out / "samples"), "metrics": sample(model, corpus, cfg, out / "samples")}
+              "conversion": listen(model, corpus, cfg, out / "samples"),
+              "metrics": sample(model, corpus, cfg, out / "samples")}
     result["seconds"] = round(time.time() - began, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
@@ -1034,7 +1164,8 @@ def main(argv):
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
         began = time.time()
-        model, cfg, checkpoint = load(flags.checkpoint, **({"test": "", "phones": ""} if "data" in given else {}) | given)
+        fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
+        model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
 
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
@@ -1049,12 +1180,12 @@ def main(argv):
             if target and not TARGET:
                 raise UserError(f"--target: {NAME}.py does not convert between speakers; leave it out")
             if target and TARGET == "speaker" and target not in speakers:
-                raise UserError(f"--target {target}: not a speaker of this model, which knows {', '.join(speakers[:40])}")
+                raise UserError(f"--target {target}: unknown; the model knows {', '.join(speakers[:40])}")
             target = None if not target else read(target) if TARGET == "recording" else speakers.index(target)
             write_audio(output, convert(model, [read(flags.source)], [target], cfg)[0], cfg.sample_rate)
         else:
             root, lost = Path(flags.source), []
-            for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+            for path in audio_files(root) if root.is_dir() else [root]:
                 try:
                     with torch.no_grad():
                         found = represent(model, read(path), cfg)
@@ -1062,7 +1193,8 @@ def main(argv):
                     lost.append(error)
                     continue
                 for name, x in found.items():
-                    file = output / path.relative_to(root if root.is_dir() else root.parent).with_suffix(f".{name}.npy")
+                    file = output / path.relative_to(root if root.is_dir() else root.parent)
+                    file = file.with_name(f"{file.name}.{name}.npy")
                     file.parent.mkdir(parents=True, exist_ok=True)
                     np.save(file, x.float().cpu().numpy())
             if lost:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Speed of each script, at TOY and at the paper's configuration; not collected by pytest.
+
+    python tests/bench.py [SCRIPT ..] [--threads 1] [--batch-size 1]      on the CPU, and on CUDA where there is one
+
+A row: milliseconds a training step, seconds of audio trained on per second, share of the step spent in get_batch, peak
+memory (of the GPU, or of the process), and samples of waveform made per second by convert, for one stream. The paper's
+configuration takes minutes a step on a CPU: there it runs one step at --batch-size 1, stated in the row.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
+
+
+def bench(name, config, device, batch_size):
+    """Prints one row; run in a process of its own, so that peak memory is its own."""
+    import torch
+    script = importlib.import_module(name)
+    paper = config == "paper"
+    overrides = {"device": device} | ({} if paper else script.TOY)
+    if paper and device == "cpu":
+        overrides["batch_size"] = batch_size
+    cfg = script.resolve(script.Config(**overrides))
+    with contextlib.redirect_stdout(io.StringIO()):
+        corpus = script.load_corpus(cfg)
+    torch.manual_seed(0)
+    model = script.Model(cfg, corpus.known).to(cfg.device)
+    script.prepare(model, corpus, cfg)
+    optimizers, warm, steps = script.make_optimizers(model, cfg), *((3, 20) if not paper or device == "cuda" else (0, 1))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def run(first, number):
+        for step in range(first, first + number):
+            with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and device == "cuda"):
+                script.train_step(model.train(), optimizers, corpus, step, cfg)
+        wait()
+    run(0, warm)
+    corpus.seconds, began = 0.0, time.perf_counter()
+    run(warm, steps)
+    step_seconds, share = (time.perf_counter() - began) / steps, corpus.seconds / (time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = (f"{name:15} {config:6} {device:5} batch {cfg.batch_size:3}  {step_seconds * 1000:9.1f} ms/step  "
+           f"{cfg.batch_size * cfg.crop / cfg.sample_rate / step_seconds:8.1f} x real time  data {share:6.2%}  "
+           f"{peak / 2 ** 30:5.2f} GiB")
+    if script.TARGET:
+        wave = corpus.wave(0)[:cfg.sample_rate // (10 if paper and device == "cpu" else 1)].to(cfg.device)
+        target = 0 if script.TARGET == "speaker" else wave
+        script.convert(model.eval(), [wave[:cfg.win * 2]], [target], cfg)
+        wait()
+        began = time.perf_counter()
+        script.convert(model, [wave], [target], cfg)
+        wait()
+        row += f"  convert {len(wave) / (time.perf_counter() - began):9.0f} samples/s"
+    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scripts", nargs="*", help="default: all that exist")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1, help="of the paper's configuration on a CPU")
+    parser.add_argument("--only", help="CONFIG-DEVICE: what the bench runs in a child process")
+    flags = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import torch
+    torch.set_num_threads(flags.threads)
+    if flags.only:
+        bench(flags.scripts[0], *flags.only.split("-"), flags.batch_size)
+        sys.exit()
+    print(f"torch {torch.__version__}, {flags.threads} CPU threads"
+          + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU: not measured on one"))
+    for name in flags.scripts or [n for n in NAMES if (ROOT / f"{n}.py").exists()]:
+        for case in [f"{c}-{d}" for d in ("cpu", "cuda")[:1 + torch.cuda.is_available()] for c in ("toy", "paper")]:
+            command = [sys.executable, __file__, name, "--only", case, "--threads", str(flags.threads),
+                       "--batch-size", str(flags.batch_size)]
+            if os.spawnv(os.P_WAIT, sys.executable, command):
+                print(f"{name} {case} failed")
