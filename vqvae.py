@@ -8,8 +8,8 @@ Autoencoders", 2019, arXiv:1901.08810. Other bottlenecks: Jang, Gu, Poole, 2017,
 The idea. An auto-encoder whose bottleneck is one integer per 20 ms: the encoder's latent is replaced by the
 nearest of K learned codes. The decoder is strong and autoregressive, needs little help with the detail of the
 waveform, and is told the speaker for nothing. So the narrow code stream carries what it cannot guess:
-something like phones. An argmin has no gradient, so the decoder's gradient at the code is copied to the latent.
-Converting a voice is decoding the same codes with another speaker.
+something like phones. An argmin has no gradient, so the decoder's gradient at the code is copied to the
+latent. Converting a voice is decoding the same codes with another speaker.
 
     wave (B, N) -> MFCC (B, N / 160, 39) -> Encoder -> z (B, T', D) -> nearest code: ids, z_q (B, T', D)
     z_q -> jitter -> three codes wide (B, T', 128), speaker (B, S) -> repeated 320 times
@@ -40,9 +40,9 @@ U6  How one-hot and binary codes are kept in use: KL of their average to uniform
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
 perplexity of the codes of ONE batch, which dips in the first 50 steps and recovers; data_share, the part of
 the time spent in get_batch. In result.json: the same nats with another utterance's codes, with the average
-code and with a wrong speaker, each of which should cost; perplexity over all held-out speech, K at most; bits a
-second. The claim that discretising drops the speaker is row `encoder` against row `codes`, and its control is
---bottleneck none.
+code and with a wrong speaker, each of which should cost; perplexity over all held-out speech, K at most;
+bits a second. The claim that discretising drops the speaker is row `encoder` against row `codes`; its control
+is --bottleneck none.
 
     python vqvae.py                                  a toy corpus, two minutes on two CPU cores
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
@@ -1194,7 +1194,7 @@ def main(argv):
                     continue
                 for name, x in found.items():
                     file = output / path.relative_to(root if root.is_dir() else root.parent)
-                    file = file.with_name(f"{file.name}.{name}.npy")
+                    file = file.with_suffix(f".{name}.npy")
                     file.parent.mkdir(parents=True, exist_ok=True)
                     np.save(file, x.float().cpu().numpy())
             if lost:

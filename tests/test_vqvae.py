@@ -226,12 +226,16 @@ def test_eval_leaves_the_codebook_alone():
 
 
 def test_start_takes_distinct_latents():
-    """4.4: the codes start as K different latents, with N = 1 and M = e."""
-    vq, z = v.VectorQuantizer(v.Config(codes=8, d_code=2)), torch.arange(40.).view(20, 2)
+    """4.4: the codes start as K different latents, with N the share of a code in a batch and M = e N."""
+    cfg = v.Config(codes=8, d_code=2)                        # 64 crops of 16 latents: 128 for each of 8 codes
+    vq, z = v.VectorQuantizer(cfg), torch.arange(40.).view(20, 2)
     vq.start(z)
     rows = {tuple(row) for row in vq.e.tolist()}
     assert len(rows) == 8 and rows <= {tuple(row) for row in z.tolist()}
-    assert torch.equal(vq.M, vq.e) and torch.equal(vq.N, torch.ones(8))
+    assert torch.equal(vq.M, vq.e * 128) and torch.equal(vq.N, torch.full((8,), 128.))
+    before = vq.e.clone()
+    vq.update(z[:8].repeat(128, 1), torch.arange(8).repeat(128))
+    assert (vq.N > 100).all() and (vq.e - before).abs().max() < 1       # nothing is dead after the first step
 
 
 def test_revival_sets_all_three():
