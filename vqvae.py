@@ -375,28 +375,33 @@ def fold(net, condition, hop):
 
 
 class NumpySampler:
-    """On the CPU, in numpy: at this size torch would spend its time on overhead."""
+    """On the CPU, in numpy: at this size torch would spend its time on overhead, and every line below counts."""
 
     def __init__(self, net, condition, hop):
-        self.w = {k: v.detach().float().numpy() for k, v in fold(net, condition, hop).items()}
-        self.S, self.B, self.hop, self.t = net.cfg.skip, len(condition), hop, 0
-        self.rings = [np.zeros((d, self.B, 2 * net.cfg.residual), np.float32) for d in net.dilations]
+        w = {k: v.detach().float().numpy() for k, v in fold(net, condition, hop).items()}
+        self.embed, self.now, self.head = w["embed"], w["now"], [w[k] for k in "PpQq"]
+        self.S, self.R, self.B, self.hop, self.t = net.cfg.skip, net.cfg.residual, len(condition), hop, 0
+        rings = [np.zeros((d, self.B, 2 * self.R), np.float32) for d in net.dilations]
+        self.layers = list(zip(rings, net.dilations, w["W"], w["V"], w["v"]))
 
     def step(self, y):
         """y (B,): the previous sample -> logits (B, 256) of the next."""
-        w, S, R = self.w, self.S, self.rings[0].shape[-1] // 2
-        state, now = w["embed"][y], w["now"][self.t // self.hop]             # (B, S + R): skip, h; (L, B, 2R)
-        for l, ring in enumerate(self.rings):
-            u, slot = state[:, S:] @ w["W"][l], ring[self.t % len(ring)]     # (B, 4R), (B, 2R)
+        R, t, state, now = self.R, self.t, self.embed[y], self.now[self.t // self.hop]
+        h = state[:, self.S:]                                                # a view: state = [skip, h]
+        for l, (ring, d, W, V, v) in enumerate(self.layers):
+            u, slot = h @ W, ring[t % d]                                     # (B, 4R), (B, 2R)
             gate = u[:, :2 * R]
             gate += slot
             gate += now[l]
-            slot[:] = u[:, 2 * R:]                                          # read above, before it is written
-            np.tanh(gate, out=gate)
-            state += (gate[:, :R] * (gate[:, R:] + 1)) @ w["V"][l]
-            state += w["v"][l]
+            slot[...] = u[:, 2 * R:]                                         # read above, before it is written
+            a, b = (np.tanh(gate, out=gate)[:, :R], gate[:, R:])
+            b += 1
+            b *= a
+            state += b @ V
+            state += v
         self.t += 1
-        return np.maximum(np.maximum(state[:, :S], 0) @ w["P"] + w["p"], 0) @ w["Q"] + w["q"]
+        P, p, Q, q = self.head
+        return np.maximum(np.maximum(state[:, :self.S], 0) @ P + p, 0) @ Q + q
 
     def run(self, steps, temperature):
         """-> (B, steps) int64. The largest of logits and Gumbel noise is a sample from the softmax."""
@@ -404,8 +409,11 @@ class NumpySampler:
         rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
         for t in range(steps):
             if t % 256 == 0:
-                noise = temperature * rng.gumbel(size=(256, self.B, 256)).astype(np.float32)
-            out[t] = y = (self.step(y) + noise[t % 256]).argmax(1)
+                noise = rng.standard_exponential((256, self.B, 256), np.float32)
+                noise = -temperature * np.log(noise + np.float32(1e-20))     # it can be exactly 0
+            logits = self.step(y)
+            logits += noise[t % 256]
+            out[t] = y = logits.argmax(1)
         return torch.from_numpy(out.T.copy())
 
 
