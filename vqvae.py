@@ -7,7 +7,7 @@ Autoencoders", 2019, arXiv:1901.08810. Other bottlenecks: Jang, Gu, Poole, 2017,
 
 The idea. An auto-encoder whose bottleneck is one integer per 20 ms: the encoder's latent is replaced by the
 nearest of K learned codes. The decoder is strong and autoregressive, needs little help with the detail of the
-waveform, and is told the speaker for nothing. So the narrow code stream carries what it cannot guess:
+waveform, and is given the speaker for free. So the narrow code stream carries what it cannot guess:
 something like phones. An argmin has no gradient, so the decoder's gradient at the code is copied to the
 latent. Converting a voice is decoding the same codes with another speaker.
 
@@ -16,7 +16,7 @@ latent. Converting a voice is decoding the same codes with another speaker.
                                             y_1 .. y_{t-1} -> WaveNet -> p(y_t) (B, N, 256)
 
     L = -log p(x | z_q(x), speaker) + |sg[z_e(x)] - e|^2 + beta |z_e(x) - sg[e]|^2       Eq. (3), 1711.00937
-    N_i <- g N_i + (1-g) n_i,  M_i <- g M_i + (1-g) sum_j z_ij,  e_i = M_i / N_i         for its 2nd term, A.1
+    N_i <- g N_i + (1-g) n_i,  m_i <- g m_i + (1-g) sum_j z_ij,  e_i = m_i / N_i     A.1, for its 2nd term
 
     paper       here                   shape              paper          here            shape
     z_e(x)      z                      (B, T', D)         z (an index)   ids             (B, T')
@@ -25,24 +25,27 @@ latent. Converting a voice is decoding the same codes with another speaker.
     N_i, m_i    bottleneck.N, .M       (K,), (K, D)
 
 Differs from the papers
-D1  The encoder's output is batch-normalised before the projection to D. Without it few codes come into use.
+D1  The encoder's output is batch-normalised before the projection to D (each GPU over its own batch). Without
+    it few codes come into use.
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
-D4  No Polyak average of the weights for evaluation: one set of weights to read and to save.
+D4  Codes by moving averages, 1711.00937 A.1, not by the 2nd term of L (--codebook gradient). K is that
+    paper's, the other sizes are those of 1901.08810.
+D5  No Polyak average of the weights for evaluation: one set of weights to read and to save.
 The papers do not say (or we could not read: 1901.08810 is followed here through its later implementations)
 U1  Mel bands and window of the MFCC, width of the differences: 80, 25 ms, two frames.
-U2  Edges of a crop: zeros, for the encoder as for the decoder.
+U2  Edges of a crop: silence before and after; the differences repeat the edge frame.
 U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
 U4  Kernel of the WaveNet: 2.
 U5  Scalings in the WaveNet: residual sums by sqrt(1/2), the sum of the skips by sqrt(1/L).
 U6  How one-hot and binary codes are kept in use: KL of their average to uniform. Temperature of the one-hot.
 
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
-perplexity of the codes of ONE batch, which dips in the first 50 steps and recovers; data_share, the part of
-the time spent in get_batch. In result.json: the same nats with another utterance's codes, with the average
-code and with a wrong speaker, each of which should cost; perplexity over all held-out speech, K at most;
-bits a second. The claim that discretising drops the speaker is row `encoder` against row `codes`; its control
-is --bottleneck none.
+perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers; data_share, the
+part of the time spent in get_batch. In result.json: the same nats with another utterance's codes, with the
+average code and with a wrong speaker, each of which should cost; perplexity over the held-out speech, K at
+most; bits a second. The claim that discretising drops the speaker is row `encoder` against row `codes`; its
+control is --bottleneck none.
 
     python vqvae.py                                  a toy corpus, two minutes on two CPU cores
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
@@ -122,16 +125,16 @@ class Config:
     temperature: float = 1.0     # of sampling
 
 
-# The same model, narrower and at 8 kHz, for two CPU cores and two minutes. beta: see U3.
+# The same model, narrower and at 8 kHz, for two CPU cores and two minutes. beta: U3.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=750,
-           lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.05, decay=0.95, tau_rate=3e-3,
+           lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
            channels=128, d_condition=32, residual=32, skip=64, cycles=1, depth=8)
 TARGET = "speaker"               # what convert takes: the index of a training speaker
 
 
 # ==================== the model ====================
 class Encoder(nn.Module):
-    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 frames. Nine layers,
+    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 MFCC frames. Nine layers,
     1901.08810."""
 
     def __init__(self, cfg):
@@ -167,12 +170,13 @@ class VectorQuantizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.e = nn.Parameter(torch.randn(cfg.codes, cfg.d_code), requires_grad=cfg.codebook == "gradient")
+        learn = cfg.codebook == "gradient"                                   # D4
+        self.e = nn.Parameter(torch.randn(cfg.codes, cfg.d_code), requires_grad=learn)
         self.register_buffer("N", torch.ones(cfg.codes))                 # moving averages: latents of a code,
         self.register_buffer("M", self.e.detach().clone())                   # and their sum
 
     def forward(self, z, tau=None):
-        with torch.autocast(z.device.type, enabled=False):                   # bfloat16 would pick other codes
+        with torch.autocast(z.device.type, enabled=False):               # bfloat16 distances pick other codes
             z = z.float()
             ids = (self.e.square().sum(1) - 2 * z @ self.e.T).argmin(-1)     # Eq. (1); |z|^2 changes nothing
             e = self.e[ids]                                                  # Eq. (2)
@@ -180,9 +184,10 @@ class VectorQuantizer(nn.Module):
             if self.cfg.codebook == "gradient":
                 loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
             # Eq. (3) adds |.|^2, a sum over D averaged over latents, to the log-likelihood of ALL samples of
-            # x. Ours is an average over samples, so both are divided by their number. U3: with the usual mean
-            # over D beside a mean over samples the two terms weigh crop / D = 80 times as much, which on the
-            # toy corpus presses the speaker out of the encoder itself.
+            # x. Ours is an average over samples, so both are divided by their number. U3: most code averages
+            # both over everything, which weighs them crop / D = 80 times as much. The stronger this pull, the
+            # more of the speaker does the encoder itself drop; on the toy corpus, which trains briefly, TOY
+            # therefore weakens it.
             loss = loss * self.cfg.d_code / self.cfg.crop
             if self.training:
                 self.update(z.detach().flatten(0, 1), ids.flatten())    # only now: the decoder sees the old e
@@ -193,7 +198,8 @@ class VectorQuantizer(nn.Module):
         """z (n, D), ids (n,): moves N and M, with EMA also e, and revives dead codes, all in float32."""
         K, g = self.cfg.codes, self.cfg.decay
         one_hot = F.one_hot(ids, K).float()
-        n, m, random = one_hot.sum(0), one_hot.T @ z, z[torch.randint(len(z), (K,), device=z.device)]
+        n, m = one_hot.sum(0), one_hot.T @ z                             # latents of each code, and their sum
+        random = z[torch.randint(len(z), (K,), device=z.device)]             # where dead codes go, D2
         if dist.is_initialized():                                          # these have no gradient to average
             dist.all_reduce(n), dist.all_reduce(m), dist.broadcast(random, 0)
         self.N.lerp_(n, 1 - g)                                               # N <- g N + (1 - g) n, A.1
@@ -201,8 +207,11 @@ class VectorQuantizer(nn.Module):
         if self.cfg.codebook == "ema":                                 # e = M / N; D3: N smoothed, not stored
             total, eps = self.N.sum(), self.cfg.smoothing
             self.e.copy_(self.M / ((self.N + eps) / (total + K * eps) * total)[:, None])
-        dead = self.N < self.cfg.revive * n.sum() / K               # D2; all three, or the next EMA undoes it
-        self.e[dead], self.N[dead], self.M[dead] = random[dead], n.sum() / K, random[dead] * n.sum() / K
+        share = n.sum() / K
+        dead = self.N < self.cfg.revive * share                         # D2: e, N and M together, or the next
+        self.N.copy_(torch.where(dead, share, self.N))                    # e = M / N brings the old code back
+        self.M.copy_(torch.where(dead[:, None], random * share, self.M))
+        self.e.copy_(torch.where(dead[:, None], random, self.e))
 
     @torch.no_grad()
     def start(self, z):
@@ -210,7 +219,8 @@ class VectorQuantizer(nn.Module):
         latents then stays where it is. (From N = 0, as often seen, the first update throws it some 1 /
         smoothing times as far.)"""
         self.e.copy_(z[torch.randperm(len(z), device=z.device)[:self.cfg.codes]])
-        self.N.fill_(self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.N.fill_(world * self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
         self.M.copy_(self.e * self.N[:, None])
 
 
@@ -304,15 +314,19 @@ class WaveNet(nn.Module):
     def forward(self, previous, condition):
         """previous (B, N): y_{t-1} at each t; condition (B, T', C) at the code rate -> logits (B, N, 256)."""
         R, S, L, (B, N) = self.cfg.residual, self.cfg.skip, len(self.dilations), previous.shape
-        h, skip = self.embed(previous), 0                                    # (B, N, R)
+        h = self.embed(previous)                                             # (B, N, R)
+        skip = h.new_zeros(B, N, S)                                          # float32, also under autocast
         # V_l before each code is repeated N / T' times: the same numbers, N / T' times cheaper
-        v = self.condition(condition).view(B, -1, 1, L, 2 * R)
+        v = self.condition(condition).view(B, -1, 1, L, 2 * R)               # (B, T', 1, L, 2R)
         for l, d in enumerate(self.dilations):
             past = F.pad(h, (0, 0, min(d, N), -min(d, N)))                   # h_{t-d}, zeros before the start
             u = self.dilated[l](torch.cat([past, h], -1)).view(B, v.shape[1], -1, 2 * R) + v[:, :, :, l]
             a, b = u.view(B, N, 2 * R).chunk(2, -1)
-            s, *r = self.mix[l](a.tanh() * b.sigmoid()).split([S, R] if l < L - 1 else [S], -1)
-            skip, h = skip + s, (h + r[0]) * 0.5 ** 0.5 if r else None    # U5: the scalings keep the variance
+            m = self.mix[l](a.tanh() * b.sigmoid())                        # (B, N, S + R); the last (B, N, S)
+            s, *residual = m.split([S, R][:1 + (l < L - 1)], -1)
+            skip = skip + s
+            if residual:
+                h = (h + residual[0]) * 0.5 ** 0.5                        # U5: the scalings keep the variance
         return self.output(skip / L ** 0.5)
 
 
@@ -321,6 +335,8 @@ class Model(nn.Module):
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
+        if cfg.crop % (2 * cfg.hop):
+            raise UserError(f"--crop {cfg.crop}: must be a multiple of the {2 * cfg.hop} samples of a code")
         self.cfg, self.n_speakers = cfg, n_speakers
         self.register_buffer("mean", torch.zeros(39))
         self.register_buffer("std", torch.ones(39))
@@ -352,17 +368,18 @@ class Model(nn.Module):
 
 
 # Sampling in O(layers) a sample. Each layer keeps, in a ring of d slots, what it will need d steps later.
-def fold(net, condition, hop):
+def fold(net, condition):
     """A WaveNet and its condition (B, T', C) as the tensors of one time step, float32, with all scalings
     folded in. Per layer two products: h @ W = [what the gate needs now, what it needs in d steps], gate @ V =
     [skip, residual]. sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of the gate."""
-    R, S, L, s, device = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5, condition.device
+    R, S, L, device = net.cfg.residual, net.cfg.skip, len(net.dilations), condition.device
+    s = 0.5 ** 0.5                                  # the state holds h / s^l, so that h is only ever added to
     half = torch.tensor([1.0] * R + [0.5] * R, device=device)
     W, V, v = [], [], []
     for l, (dilated, mix) in enumerate(zip(net.dilated, net.mix)):
         past, present = dilated.weight.T.split(R)
         W.append(torch.cat([present * half, past * half], 1) * s ** l)
-        scale = torch.tensor([L ** -0.5] * S + [s ** -l] * R, device=device)  # the state holds h / s^l
+        scale = torch.tensor([L ** -0.5] * S + [s ** -l] * R, device=device)
         missing = S + R - mix.out_features                                   # the last layer has no residual
         V.append(F.pad(mix.weight.T, (0, missing)) * scale / 2)
         v.append(F.pad(mix.bias, (0, missing)) * scale)
@@ -375,10 +392,11 @@ def fold(net, condition, hop):
 
 
 class NumpySampler:
-    """On the CPU, in numpy: at this size torch would spend its time on overhead, and every line below counts."""
+    """On the CPU, in numpy: at this size torch would spend its time on overhead, and every line below
+    counts."""
 
     def __init__(self, net, condition, hop):
-        w = {k: v.detach().float().numpy() for k, v in fold(net, condition, hop).items()}
+        w = {k: v.detach().float().numpy() for k, v in fold(net, condition).items()}
         self.embed, self.now, self.head = w["embed"], w["now"], [w[k] for k in "PpQq"]
         self.S, self.R, self.B, self.hop, self.t = net.cfg.skip, net.cfg.residual, len(condition), hop, 0
         rings = [np.zeros((d, self.B, 2 * self.R), np.float32) for d in net.dilations]
@@ -393,8 +411,9 @@ class NumpySampler:
             gate = u[:, :2 * R]
             gate += slot
             gate += now[l]
-            slot[...] = u[:, 2 * R:]                                         # read above, before it is written
-            a, b = (np.tanh(gate, out=gate)[:, :R], gate[:, R:])
+            slot[...] = u[:, 2 * R:]                                        # read above, before it is written
+            np.tanh(gate, out=gate)
+            a, b = gate[:, :R], gate[:, R:]
             b += 1
             b *= a
             state += b @ V
@@ -404,7 +423,7 @@ class NumpySampler:
         return np.maximum(np.maximum(state[:, :self.S], 0) @ P + p, 0) @ Q + q
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64. The largest of logits and Gumbel noise is a sample from the softmax."""
+        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample from the softmax."""
         y, out = np.full(self.B, 128), np.empty((steps, self.B), np.int64)
         rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
         for t in range(steps):
@@ -422,7 +441,7 @@ class TorchSampler:
     as a CUDA graph and replayed. Its whole state, time included, therefore lives in tensors."""
 
     def __init__(self, net, condition, hop):
-        self.w, self.S, self.hop = fold(net, condition, hop), net.cfg.skip, hop
+        self.w, self.S, self.hop = fold(net, condition), net.cfg.skip, hop
         self.rings = [condition.new_zeros(d, len(condition), 2 * net.cfg.residual) for d in net.dilations]
         self.t = torch.zeros(1, dtype=torch.long, device=condition.device)
         self.y = torch.full((len(condition),), 128, device=condition.device)
@@ -487,13 +506,15 @@ def prepare(model, corpus, cfg):
     x = torch.stack([mfcc(get_batch(corpus, cfg, 0, draw=1 + i)["wave"], cfg) for i in range(n)])
     model.mean.copy_(x.mean((0, 1, 2)))
     model.std.copy_(x.std((0, 1, 2)) + 1e-5)
+    model.encoder.norm.momentum = None                                    # the plain mean over these batches:
+    z = [model.encoder((batch - model.mean) / model.std) for batch in x]    # the untrained model is a control
+    model.encoder.norm.momentum = 0.1
     if cfg.bottleneck == "vq":
-        z = [model.encoder((batch - model.mean) / model.std) for batch in x]
         model.bottleneck.start(torch.cat(z).flatten(0, 1))
 
 
 def make_optimizers(model, cfg):
-    """D4: the optimizer's weights are the ones that are used."""
+    """D5: the optimizer's weights are the ones that are used."""
     return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
 
 
@@ -566,20 +587,20 @@ def sample(model, corpus, cfg, out):
         ids[u] = model.encode(whole(corpus.wave(u).to(cfg.device), cfg))[2][0]
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
                                            for u, k in ids.items()))
-    nats = collections.defaultdict(float)
-    for i in range(8):
-        chosen = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(corpus.held)
-        batch = get_batch(corpus, cfg, i, draw=1000, utterances=corpus.held[chosen])
-        z_q, who = model.encode(batch["wave"])[1], batch["speaker"] % model.n_speakers
-        cases = {"true": (z_q, who), "shuffled": (z_q.roll(1, 0), who),
-                 "absent": (z_q.mean((0, 1)).expand_as(z_q), who),
-                 "wrong_speaker": (z_q, (who + 1 + i % max(1, model.n_speakers - 1)) % model.n_speakers)}
+    nats, known = collections.defaultdict(float), corpus.held[corpus.speaker[corpus.held] < model.n_speakers]
+    for i in range(8 if len(known) else 0):
+        chosen = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(known)
+        batch = get_batch(corpus, cfg, i, draw=1000, utterances=known[chosen])
+        z_q, who = model.encode(batch["wave"])[1], batch["speaker"]
+        wrong = (who + 1 + i % max(1, model.n_speakers - 1)) % model.n_speakers
+        cases = {"true": (z_q, who), "shuffled": (z_q.roll(1, 0), who), "wrong_speaker": (z_q, wrong),
+                 "absent": (z_q.mean((0, 1)).expand_as(z_q), who)}
         for name, case in cases.items():
             nats[name] += model(*case, batch["wave"]).item() / 8
     every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
     metrics = {"nats": nats, "bits": {name: n / math.log(2) for name, n in nats.items()}}
     return metrics if cfg.bottleneck == "none" else metrics | {
-        "codes": cfg.codes, "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
+        "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
         "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds)}
 
 
@@ -810,9 +831,9 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     return batch
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 80 and 20 utterances
+    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 120 and 20 utterances
     each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's offset; content = random
+    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's level and offset; content = random
     phones. The two are drawn independently: the true factors of variation are known."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
@@ -821,10 +842,10 @@ def toy_corpus():
     names, table = list(table), np.array(list(table.values()))               # F1, F2, F3 in Hz, voice, noise
     cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
     freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
-    voices = np.stack([rng.permutation(12) / 11 for _ in range(5)], 1)  # traits spread evenly over 12
+    voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
     with once(Path("runs/toy")) as root:
-        for s, n in itertools.product(range(12 if root else 0), range(80)):
-            pitch, tract, tilt, breath, offset = voices[s]
+        for s, n in itertools.product(range(12 if root else 0), range(120)):
+            pitch, tract, tilt, breath, level, offset = voices[s]
             folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
             if s % 3 == 1 and n >= 20:
                 continue
@@ -844,8 +865,8 @@ def toy_corpus():
             mixed = track[3] * shape * source
             mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
             wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
-            wave *= 0.08 * 10 ** rng.uniform(-0.05, 0.05) / wave.std()
-            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.015 * offset, 16000)
+            wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
+            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
             with open(folder / "phones.txt", "a") as file:
                 print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
     return "runs/toy/train", "runs/toy/test"
@@ -1067,6 +1088,8 @@ def resolve(cfg):
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
     began, checkpoint = time.time(), None
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
     free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
     out = Path(given.get("out") or next(path for path in free if not path.exists()))
     if flags.resume and (out / "model.pt").exists():
@@ -1076,7 +1099,6 @@ def train(given, flags):
     else:
         cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
     if WORLD > 1:
-        cfg.device == "cuda" and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
     torch.manual_seed(cfg.seed)
@@ -1103,7 +1125,8 @@ def train(given, flags):
     for step in range(done, cfg.steps):
         noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
         torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda"):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
+                            cache_enabled=False):                    # a step may change weights it uses again
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
         finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
         bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device
