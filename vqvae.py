@@ -216,8 +216,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, z):
         """e <- K of the latents z (n, D), N <- the share of a code in a batch, M <- N e: a code without
-        latents then stays where it is. (From N = 0, as often seen, the first update throws it some 1 /
-        smoothing times as far.)"""
+        latents then stays where it is until D2 moves it. (From N = 0, as often seen, the first update throws
+        it some 1 / smoothing times as far.)"""
         self.e.copy_(z[torch.randperm(len(z), device=z.device)[:self.cfg.codes]])
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.N.fill_(world * self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
@@ -1178,7 +1178,8 @@ def report(model, corpus, cfg, out, steps, began):
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
         print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
     for name in ("conversion", "metrics"):
-        print(f"{name}: {json.dumps(result[name])}")
+        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
+        print(f"{name}: {json.dumps(short)}")
     print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
