@@ -1008,8 +1008,8 @@ def parse(argv):
     file_modes = ("checkpoint", "source", "output")
     needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
     mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
-    parser = argparse.ArgumentParser(f"{NAME}.py [{' | '.join(needs)}]", description=__doc__.split("\n")[0],
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
+                                     description=__doc__.split("\n")[0], allow_abbrev=False)
 
     def fail(message):
         print(f"error: {message}; see python {NAME}.py --help", file=sys.stderr)
@@ -1020,7 +1020,8 @@ def parse(argv):
     parser.error, notes = fail, dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
     for f in fields(Config):
         optional = {"nargs": "?", "const": ""} if f.name == "data" else {}
-        parser.add_argument(*{f"--{f.name.replace('_', '-')}", f"--{f.name}"}, dest=f.name, **optional,
+        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+        parser.add_argument(*names, dest=f.name, **optional,
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes[f.name]} [{f.default}]".replace("%", "%%"))
