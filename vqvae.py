@@ -978,14 +978,15 @@ def listen(model, corpus, cfg, out):
         write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
     rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
-    mels = [log_mel(pool.wave(u).to(cfg.device)[None], cfg)[0] for u in rest]
+    hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
+    mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
     if phones:
         spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
 
     def verdict(name):
-        mels = [log_mel(w[None], cfg)[0] for w in waves[name]]
+        mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
                 for u, m, w in zip(pairs[:, 0], mels, waves[name]) if u in phones]
