@@ -51,7 +51,16 @@ control is --bottleneck none.
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
     python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
 
-@@RESULTS@@
+Measured (CPU; tests/results and the README hold the tables). Toy corpus, 750 steps, 2 minutes on 2 threads:
+another utterance's codes cost 1.88 nats a sample and a wrong speaker 0.07; from `encoder` to `codes`
+speaker accuracy falls from 59 to 42 %, phone accuracy from 80 to 66 %; 62 of 64 codes are in use. Without
+discretising (--bottleneck none) the speaker stays at 60 %; binary codes drop it to 26 %, one-hot codes do
+not (40 to 57 %). One seed; 96 utterances are scored, so a speaker accuracy is good to about 5 points. The
+samples are still noisy: 12 % of conversions are heard as the target, 8 % as the source. Real digits of six
+speakers, the same small model, 3600 steps, 11 minutes on 1 thread: a wrong speaker costs 0.65 nats and 54 %
+of conversions are heard as the target, 21 % as the source; but the codes keep the speaker (96 to 92 %),
+which these recordings also tell by their level and noise. The paper's size has not been trained, and
+nothing was measured on a GPU.
 """
 import argparse
 import collections
