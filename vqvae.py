@@ -25,12 +25,11 @@ latent. Converting a voice is decoding the same codes with another speaker.
     N_i, m_i    bottleneck.N, .M       (K,), (K, D)
 
 Differs from the papers
-D1  The encoder's output is batch-normalised before the projection to D (each GPU over its own batch). In a trial
-    with layer normalisation instead, a batch used 4 to 7 codes after 300 steps, where it uses 16 with this.
+D1  The encoder's output is batch-normalised before the projection to D, on each GPU by its own batch. (Layer
+    normalisation, in a trial: 4 to 7 codes in a batch after 300 steps, where this has 16.)
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
-D4  Codes by moving averages, 1711.00937 A.1, not by the 2nd term of L (--codebook gradient). K is that
-    paper's, the other sizes are those of 1901.08810.
+D4  Codes by moving averages, A.1 of 1711.00937, whose K this is; --codebook gradient is the 2nd term of L.
 D5  No Polyak average of the weights for evaluation: one set of weights to read and to save.
 The papers do not say (or we could not read: 1901.08810 is followed here through its later implementations)
 U1  Mel bands and window of the MFCC, width of the differences: 80, 25 ms, two frames.
@@ -51,18 +50,17 @@ control is --bottleneck none.
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
     python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
 
-Measured on a CPU; the README holds the tables. Toy corpus, 750 steps, 2 minutes on 2 threads, seeds 0, 1,
-2: another utterance's codes cost 1.88, 2.16, 2.16 nats a sample, a wrong speaker 0.07, 0.17, 0.13; 61 to 64
-of 64 codes are in use. From `encoder` to `codes` speaker accuracy falls from 59 to 42, 45 to 42, 47 to 43 %
-and phone accuracy from 80 to 66, 79 to 70, 79 to 66 %: at this length most of the speaker is dropped by the
+Measured on a CPU; the README holds the tables. Toy corpus, 750 steps, 2 minutes on 2 threads, seeds 0, 1, 2:
+another utterance's codes cost 1.88, 2.16, 2.16 nats a sample, a wrong speaker 0.07, 0.17, 0.13; 61 to 64 of
+64 codes are in use. From `encoder` to `codes` speaker accuracy falls from 59 to 42, 45 to 42, 47 to 43 % and
+phone accuracy from 80 to 66, 79 to 70, 79 to 66 %: at this length most of the speaker is dropped by the
 encoder already (88, 88, 83 % untrained), and that quantising drops it holds clearly for seed 0 alone.
-Controls, seed 0: without discretising (--bottleneck none) 60 % remain; binary codes drop the speaker from
-59 to 26 %, one-hot codes do not (40 to 57 %). 96 utterances are scored, so a speaker accuracy is good to
-about 5 points. Samples are noisy: 12, 33, 29 % of conversions are heard as the target, 8, 4, 4 % as the
-source. Real digits of six speakers, the same small model, 3600 steps, 11 minutes on 1 thread: a wrong
-speaker costs 0.65 nats, 54 % of conversions are heard as the target, 21 % as the source; but the codes keep
-the speaker (96 to 92 %), whom level and noise of these recordings also tell. The paper's size has not been
-trained, and nothing was measured on a GPU.
+Controls, seed 0: without discretising (--bottleneck none) 60 % remain; binary codes drop the speaker from 59
+to 26 %, one-hot codes do not (40 to 57 %). A speaker accuracy is good to 5 points. Samples are noisy: 12,
+33, 29 % of conversions are heard as the target, 8, 4, 4 % as the source. Real digits, six speakers, 3600
+steps, 11 minutes on 1 thread: a wrong speaker costs 0.65 nats, 54 % of conversions are heard as the target,
+21 % as the source; but the codes keep the speaker (96 to 92 %), whom level and noise of these recordings
+also tell. The paper's size has not been trained, and nothing was measured on a GPU.
 """
 import argparse
 import collections
