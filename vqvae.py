@@ -143,8 +143,7 @@ TARGET = "speaker"               # what convert takes: the index of a training s
 
 # ==================== the model ====================
 class Encoder(nn.Module):
-    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 MFCC frames. Nine layers,
-    1901.08810."""
+    """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 MFCC frames, 1901.08810."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -252,8 +251,7 @@ class OneHot(nn.Module):
 
 
 class Binary(nn.Module):
-    """log2 K bits, each a sigmoid cut at 0.5, straight-through; its code is the sum of the vectors of the
-    bits."""
+    """log2 K bits, each a sigmoid cut at 0.5, straight-through; its code is a linear map of the bits."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -285,8 +283,7 @@ def kl_to_uniform(p):
 
 
 def jitter(z, p):
-    """Time jitter, 1901.08810: each latent of z (B, T', D) becomes, with chance p, its left or right
-    neighbour."""
+    """Time jitter, 1901.08810: each latent of z (B, T', D) becomes, with chance p, one of its neighbours."""
     B, T, _ = z.shape
     move = (torch.rand(B, T, device=z.device) < p) * (torch.randint(2, (B, T), device=z.device) * 2 - 1)
     index = (torch.arange(T, device=z.device) + move).clamp(0, T - 1)
@@ -306,8 +303,7 @@ def inverse_mu_law(y):
 
 class WaveNet(nn.Module):
     """p(y_t | y_<t, condition) over 256 levels: dilated causal convolutions of kernel 2 (U4), gated, with
-    residuals and skips. Channels come last, so that such a convolution is one matrix product with [h_{t-d},
-    h_t]."""
+    residuals and skips. Channels come last, and a convolution is a matrix product with [h_{t-d}, h_t]."""
 
     def __init__(self, cfg, d_condition):
         super().__init__()
@@ -356,14 +352,12 @@ class Model(nn.Module):
         self.decoder = WaveNet(cfg, cfg.d_condition + n_speakers)
 
     def encode(self, wave, tau=None):
-        """(B, N), N a multiple of 2 hop -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; T' = N / (2
-        hop)."""
+        """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; T' = N / (2 hop), whole."""
         z = self.encoder((mfcc(wave, self.cfg) - self.mean) / self.std)
         return z, *self.bottleneck(z, tau)
 
     def condition(self, z_q, speaker):
-        """z_q (B, T', D), speaker (B,) -> (B, T', C): each code with its neighbours, and the speaker as
-        one-hot."""
+        """z_q (B, T', D), speaker (B,) -> (B, T', C): a code with its neighbours, and the speaker one-hot."""
         h = self.context((jitter(z_q, self.cfg.jitter) if self.training else z_q).mT).mT
         who = F.one_hot(speaker, self.n_speakers).to(h.dtype)
         return torch.cat([h, who[:, None].expand(-1, h.shape[1], -1)], -1)
@@ -376,116 +370,79 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 
-# Sampling in O(layers) a sample. Each layer keeps, in a ring of d slots, what it will need d steps later.
-def fold(net, condition):
-    """A WaveNet and its condition (B, T', C) as the tensors of one time step, float32, with all scalings
-    folded in. Per layer two products: h @ W = [what the gate needs now, what it needs in d steps], gate @ V =
-    [skip, residual]. sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of the gate."""
-    R, S, L, device = net.cfg.residual, net.cfg.skip, len(net.dilations), condition.device
-    s = 0.5 ** 0.5                                  # the state holds h / s^l, so that h is only ever added to
-    half = torch.tensor([1.0] * R + [0.5] * R, device=device)
-    W, V, v = [], [], []
-    for l, (dilated, mix) in enumerate(zip(net.dilated, net.mix)):
-        past, present = dilated.weight.T.split(R)
-        W.append(torch.cat([present * half, past * half], 1) * s ** l)
-        scale = torch.tensor([L ** -0.5] * S + [s ** -l] * R, device=device)
-        missing = S + R - mix.out_features                                   # the last layer has no residual
-        V.append(F.pad(mix.weight.T, (0, missing)) * scale / 2)
-        v.append(F.pad(mix.bias, (0, missing)) * scale)
-    bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
-    now = (net.condition(condition).unflatten(-1, (L, 2 * R)) + bias) * half
-    return {"embed": F.pad(net.embed.weight, (S, 0)), "now": now.permute(1, 2, 0, 3).contiguous(),
-            "W": torch.stack(W), "V": torch.stack(V), "v": torch.stack(v), "p": net.output[1].bias,
-            "P": net.output[1].weight.T.contiguous(), "q": net.output[3].bias,
-            "Q": net.output[3].weight.T.contiguous()}
+class Sampler:
+    """The WaveNet in O(layers) a sample: each layer keeps, in a ring of d slots, what it needs d steps later.
 
+    The same steps run in numpy on a CPU, where torch would spend its time on overhead, and in torch on a GPU,
+    where launching kernels would dominate: there one step is recorded as a CUDA graph and replayed, so that
+    all state, time included, lives in tensors. Axis 0 has length 1: torch's index on the device makes it."""
 
-class NumpySampler:
-    """On the CPU, in numpy: at this size torch would spend its time on overhead, and every line below
-    counts."""
-
-    def __init__(self, net, condition, hop):
-        w = {k: v.detach().float().numpy() for k, v in fold(net, condition).items()}
-        self.embed, self.now, self.head = w["embed"], w["now"], [w[k] for k in "PpQq"]
-        self.S, self.R, self.B, self.hop, self.t = net.cfg.skip, net.cfg.residual, len(condition), hop, 0
-        rings = [np.zeros((d, self.B, 2 * self.R), np.float32) for d in net.dilations]
-        self.layers = list(zip(rings, net.dilations, w["W"], w["V"], w["v"]))
+    def __init__(self, net, condition, hop, xp):
+        """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
+        R, S, L, B, W, V, v = net.cfg.residual, net.cfg.skip, len(net.dilations), len(condition), [], [], []
+        for l, (dilated, mix) in enumerate(zip(net.dilated, net.mix)):
+            past, present = dilated.weight.T.split(R)          # U5: h is kept as h / s ** l, s = sqrt(1/2), so
+            W.append(torch.cat([present, past], 1) * 0.5 ** (l / 2))         # that it is only ever added to
+            scale = torch.tensor([L ** -0.5] * S + [0.5 ** (-l / 2)] * R, device=condition.device)
+            missing = S + R - mix.out_features                               # the last layer has no residual
+            V.append(F.pad(mix.weight.T, (0, missing)) * scale / 2)
+            v.append(F.pad(mix.bias, (0, missing)) * scale)
+        half = torch.tensor([1.0] * R + [0.5] * R, device=condition.device)  # sigmoid(b) = (1 + tanh(b/2)) / 2
+        bias = torch.stack([dilated.bias for dilated in net.dilated])        # (L, 2R)
+        now = (net.condition(condition).unflatten(-1, (L, 2 * R)) + bias) * half
+        rings = [condition.new_zeros(d, B, 2 * R) for d in net.dilations]
+        ours = lambda x: x.detach().float().contiguous() if xp is torch else x.detach().float().numpy()
+        self.embed, self.now = ours(F.pad(net.embed.weight, (S, 0))), ours(now.permute(1, 2, 0, 3))
+        self.layers = [[*map(ours, layer)] for layer in zip(rings, torch.stack(W) * half.repeat(2), V, v)]
+        self.head = [ours(x) for linear in net.output[1::2] for x in (linear.weight.T, linear.bias)]
+        self.R, self.S, self.B, self.hop, self.xp = R, S, B, hop, xp
+        self.t = torch.zeros(1, dtype=torch.long, device=condition.device) if xp is torch else 0
 
     def step(self, y):
-        """y (B,): the previous sample -> logits (B, 256) of the next."""
-        R, t, state, now = self.R, self.t, self.embed[y], self.now[self.t // self.hop]
-        h = state[:, self.S:]                                                # a view: state = [skip, h]
-        for l, (ring, d, W, V, v) in enumerate(self.layers):
-            u, slot = h @ W, ring[t % d]                                     # (B, 4R), (B, 2R)
-            gate = u[:, :2 * R]
-            gate += slot
+        """y (B,): the previous samples -> logits (1, B, 256) of the next."""
+        R, t, state = self.R, self.t, self.embed[y][None]                    # (1, B, S + R): skips | h
+        now = self.now[t // self.hop].reshape(len(self.layers), self.B, 2 * R)
+        h = state[:, :, self.S:]                                             # a view, like gate, a and b
+        for l, (ring, W, V, v) in enumerate(self.layers):
+            u, slot = h @ W, t % len(ring)                        # (1, B, 4R): for now | for d steps later
+            gate = u[:, :, :2 * R]
+            gate += ring[slot]
             gate += now[l]
-            slot[...] = u[:, 2 * R:]                                        # read above, before it is written
-            np.tanh(gate, out=gate)
-            a, b = gate[:, :R], gate[:, R:]
+            ring[slot] = u[:, :, 2 * R:]                                     # only after it was read
+            self.xp.tanh(gate, out=gate)
+            a, b = gate[:, :, :R], gate[:, :, R:]
             b += 1
             b *= a
             state += b @ V
             state += v
         self.t += 1
         P, p, Q, q = self.head
-        return np.maximum(np.maximum(state[:, :self.S], 0) @ P + p, 0) @ Q + q
+        return (state[:, :, :self.S].clip(0) @ P + p).clip(0) @ Q + q
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample from the softmax."""
-        y, out = np.full(self.B, 128), np.empty((steps, self.B), np.int64)
-        rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-        for t in range(steps):
-            if t % 256 == 0:
-                noise = rng.standard_exponential((256, self.B, 256), np.float32)
-                noise = -temperature * np.log(noise + np.float32(1e-20))     # it can be exactly 0
-            logits = self.step(y)
-            logits += noise[t % 256]
-            out[t] = y = logits.argmax(1)
-        return torch.from_numpy(out.T.copy())
-
-
-class TorchSampler:
-    """On a GPU, where launching some hundred small kernels a sample would dominate: one time step is recorded
-    as a CUDA graph and replayed. Its whole state, time included, therefore lives in tensors."""
-
-    def __init__(self, net, condition, hop):
-        self.w, self.S, self.hop = fold(net, condition), net.cfg.skip, hop
-        self.rings = [condition.new_zeros(d, len(condition), 2 * net.cfg.residual) for d in net.dilations]
-        self.t = torch.zeros(1, dtype=torch.long, device=condition.device)
-        self.y = torch.full((len(condition),), 128, device=condition.device)
-
-    def step(self):
-        """-> logits (B, 256) of the sample after self.y."""
-        w, S = self.w, self.S
-        state, now = w["embed"][self.y], w["now"].index_select(0, self.t // self.hop)[0]
-        for l, ring in enumerate(self.rings):
-            u, later = (state[:, S:] @ w["W"][l]).chunk(2, -1)
-            slot = self.t % len(ring)
-            a, b = (u + ring.index_select(0, slot)[0] + now[l]).tanh().chunk(2, -1)
-            ring.index_copy_(0, slot, later[None])
-            state = state + torch.addmm(w["v"][l], a * (b + 1), w["V"][l])
-        self.t += 1
-        return (state[:, :S].relu() @ w["P"] + w["p"]).relu() @ w["Q"] + w["q"]
-
-    def run(self, steps, temperature):
-        """-> (B, steps) int64."""
-        out, graph = self.y.new_empty(steps, len(self.y)), torch.cuda.CUDAGraph()
+        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample of their softmax."""
+        if self.xp is np:
+            y, out = np.full(self.B, 128), np.empty((steps, self.B), np.int64)
+            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
+            for t in range(steps):
+                noise = rng.standard_exponential((1, self.B, 256), np.float32) + np.float32(1e-20)
+                out[t] = y = (self.step(y) - temperature * np.log(noise)).argmax(-1)[0]
+            return torch.from_numpy(out.T.copy())
+        y = torch.full((self.B,), 128, device=self.t.device)
+        out, graph, stream = y.new_empty(steps, self.B), torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
         def advance():
-            logits = self.step()
-            gumbel = -torch.empty_like(logits).exponential_().log()
-            self.y.copy_((logits + temperature * gumbel).argmax(1))
-            out.index_copy_(0, self.t - 1, self.y[None])
-        stream = torch.cuda.Stream()
+            logits = self.step(y)
+            y.copy_((logits - temperature * torch.empty_like(logits).exponential_().log()).argmax(-1)[0])
+            out.index_copy_(0, self.t - 1, y[None])
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):                                      # warm up, then back to the start
             for _ in range(min(3, steps)):
                 advance()
         torch.cuda.current_stream().wait_stream(stream)
-        for tensor in (self.t, *self.rings):
+        for tensor in (self.t, *(layer[0] for layer in self.layers)):
             tensor.zero_()
-        self.y.fill_(128)
+        y.fill_(128)
         with torch.cuda.graph(graph):
             advance()
         for _ in range(steps):
@@ -528,8 +485,7 @@ def make_optimizers(model, cfg):
 
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """A step on L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2, Eq. (3) of
-    1711.00937v2."""
+    """A step on L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2, Eq. (3), 1711.00937v2."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
     for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k of 1M steps
         group["lr"] = cfg.lr * 0.5 ** sum(step >= share * cfg.steps for share in (0.4, 0.6, 0.8))
@@ -567,8 +523,7 @@ def represent(model, wave, cfg):
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
     """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the same codes,
-    that speaker. None reconstructs, as the training speaker under whom the decoder finds the middle of the
-    source most probable."""
+    that speaker. None reconstructs: as whom of them the decoder finds the middle of the source likeliest."""
     conditions, width = [], cfg.crop // (2 * cfg.hop)
     model.eval()
     speakers = torch.arange(model.n_speakers, device=model.mean.device)
@@ -581,7 +536,7 @@ def convert(model, sources, targets, cfg):
             target = torch.stack(nats).argmin()
         conditions.append(model.condition(z_q, speakers[target][None])[0])   # (T', C)
     conditions = nn.utils.rnn.pad_sequence(conditions, batch_first=True)
-    sampler = (TorchSampler if conditions.is_cuda else NumpySampler)(model.decoder, conditions, 2 * cfg.hop)
+    sampler = Sampler(model.decoder, conditions, 2 * cfg.hop, torch if conditions.is_cuda else np)
     waves = inverse_mu_law(sampler.run(conditions.shape[1] * 2 * cfg.hop, cfg.temperature))
     return [row[:len(wave)] for row, wave in zip(waves, sources)]
 
@@ -618,8 +573,7 @@ class UserError(Exception):
     """What the user can mend: shown as one line, `error: ...`, without a traceback."""
 
 def read_audio(path, sample_rate):
-    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1], at sample_rate. UserError names the
-    file."""
+    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1]. UserError names the file."""
     try:
         wave, rate = sf.read(path, dtype="float32", always_2d=True)                  # (N, channels)
     except (sf.SoundFileError, OSError):
@@ -632,8 +586,7 @@ def read_audio(path, sample_rate):
     if rate == sample_rate:
         return wave
     # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps
-    # the end from wrapping round into the beginning), cut or extend the spectrum, fade its last 5 % against
-    # ringing.
+    # the end from wrapping round), cut or extend the spectrum, fade its last 5 % against ringing.
     period = rate // math.gcd(rate, sample_rate)
     padded = -(-(len(wave) + rate // 20) // period) * period
     n = padded * sample_rate // rate
@@ -642,8 +595,7 @@ def read_audio(path, sample_rate):
     return torch.fft.irfft(spectrum, n)[:-(-len(wave) * sample_rate // rate)] * (n / padded)
 
 def audio_files(root):
-    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if there are
-    none."""
+    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if none."""
     files = sorted(p for p in root.rglob("*") if p.is_file())
     paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
     if not paths:
@@ -758,8 +710,7 @@ class Corpus:
         return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
 
     def phones(self, utterances):
-        """-> {u: (M,) class of every 10 ms} for those in the label file, which is read line by line: it may
-        be large."""
+        """-> {u: (M,) class of every 10 ms} for those in the label file, read line by line: it is large."""
         wanted, rows = {self.paths[u].stem: u for u in utterances}, {}
         for line in open(self.labels if self.labels.exists() else os.devnull):
             if line.split(maxsplit=1)[:1] and (u := wanted.get(line.split(maxsplit=1)[0])) is not None:
@@ -885,8 +836,7 @@ def toy_corpus():
 # ==================== shared: probe ====================
 def linear_probe(x, y, classes):
     """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000,
-    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors. Deterministic,
-    nothing to tune."""
+    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors."""
     x, y = x[::-(-len(y) // 50_000)], y[::-(-len(y) // 50_000)]
     mean, std = x.mean(0), x.std(0).clamp(min=1e-5)
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
@@ -917,14 +867,12 @@ def equal_error_rate(x, speaker):
     return ((rejected[i] + accepted[i]) / 2).item()
 
 def stretch(labels, frames, samples, cfg):
-    """(M,) labels, one per 10 ms -> (frames,) tensor: the label at the middle of each equal part of `samples`
-    samples."""
+    """(M,) labels, one per 10 ms -> (frames,): the label in the middle of each equal part of `samples`."""
     at = (np.arange(frames) + 0.5) * samples / frames / cfg.sample_rate * 100
     return torch.from_numpy(labels[at.astype(int).clip(0, len(labels) - 1)]).to(cfg.device)
 
 def labelled(corpus, utterances, xs, phones, cfg):
-    """Of the (T', D) of each utterance, those with labels -> all their frames (n, D), all their phones
-    (n,)."""
+    """Of the (T', D) of each utterance, those with labels -> their frames (n, D) and phones (n,)."""
     rows = [(x, u) for x, u in zip(xs, utterances) if u in phones]
     y = [stretch(phones[u], len(x), corpus.length[u], cfg) for x, u in rows]
     return torch.cat([x for x, _ in rows]), torch.cat(y)
@@ -1013,8 +961,7 @@ CODE = Path(__file__).read_text().split('"""', 2)[2]                         # t
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
 def parse(argv):
-    """argv -> (mode, {field of Config: value} as far as given, the other flags). Wrong usage: one line, exit
-    code 2."""
+    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: one line, exit 2."""
     file_modes = ("checkpoint", "source", "output")
     needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
     mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
@@ -1053,8 +1000,7 @@ def parse(argv):
     return mode, given, flags
 
 def save(path, model, optimizers, step, cfg, speakers):
-    """Checkpoint of tensors and plain values; atomic: at every moment `path` is the old one or the new one,
-    whole."""
+    """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -1070,8 +1016,7 @@ def save(path, model, optimizers, step, cfg, speakers):
         part.unlink(missing_ok=True)
 
 def load(path, **overrides):
-    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, the checkpoint). UserError
-    where unfit."""
+    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
     file = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such checkpoint; give a run folder or its model.pt")

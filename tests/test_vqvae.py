@@ -19,9 +19,9 @@ Z = [[0, 0], [1, 0], [3, 2], [4, 2]]
 E = [[0, 1], [3, 1], [9, 9]]
 
 
-# TorchSampler.run records a CUDA graph; its single steps are compared on the CPU too.
+# The sampler in torch records a CUDA graph; its single steps are compared on the CPU too.
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-RUNNING = [(v.NumpySampler, "cpu"), pytest.param(v.TorchSampler, "cuda", marks=GPU)]
+RUNNING = [(np, "cpu"), pytest.param(torch, "cuda", marks=GPU)]
 
 
 @pytest.fixture(autouse=True)
@@ -512,51 +512,46 @@ def test_condition_reaches_its_own_samples():
     assert changed == list(range(16, 24 + 29))
 
 
-def cached(sampler, net, previous, condition):
+def cached(xp, net, previous, condition):
     """The logits of the step-by-step sampler, fed with `previous`."""
-    fast, logits = sampler(net, condition, 8), []
-    for y in previous.T:
-        if sampler is v.TorchSampler:
-            fast.y.copy_(y)
-            logits.append(fast.step())
-        else:
-            logits.append(torch.from_numpy(fast.step(y.numpy())))
-    return torch.stack(logits, 1)
+    sampler = v.Sampler(net, condition, 8, xp)
+    return torch.cat([torch.as_tensor(sampler.step(y if xp is torch else y.numpy())) for y in previous.T]) \
+        .transpose(0, 1)
 
 
-@pytest.mark.parametrize("sampler, depth", [(v.NumpySampler, 4), (v.TorchSampler, 4), (v.NumpySampler, 10)])
+@pytest.mark.parametrize("xp, depth", [(np, 4), (torch, 4), (np, 10)])
 @torch.no_grad()
-def test_cached_steps_equal_the_full_pass(sampler, depth):
+def test_cached_steps_equal_the_full_pass(xp, depth):
     """9.5: the ring buffers give the same logits to 1e-5, for three streams, over two receptive fields."""
     net, previous, condition = wavenet(depth=depth)
     assert previous.shape[1] >= 2 * (sum(net.dilations) + 1)
     full = net(previous, condition)
     assert full.std() > 0.05
-    close(cached(sampler, net, previous, condition), full, 1e-5)
+    close(cached(xp, net, previous, condition), full, 1e-5)
     if depth == 4:                                                   # and a second time: nothing is left over
-        close(cached(sampler, net, previous, condition), full, 1e-5)
+        close(cached(xp, net, previous, condition), full, 1e-5)
 
 
-@pytest.mark.parametrize("sampler, device", RUNNING)
+@pytest.mark.parametrize("xp, device", RUNNING)
 @torch.no_grad()
-def test_sampler_feeds_back_its_own_output(sampler, device):
+def test_sampler_feeds_back_its_own_output(xp, device):
     """At temperature 0 each sample is the largest logit of the full pass over the samples before it."""
     net, _, condition = wavenet()
-    y = sampler(net.to(device), condition.to(device), 8).run(64, 0.0).cpu()
+    y = v.Sampler(net.to(device), condition.to(device), 8, xp).run(64, 0.0).cpu()
     logits = net.cpu()(F.pad(y, (1, 0), value=128)[:, :-1], condition[:, :8])
     assert y.shape == (3, 64) and y.dtype == torch.int64
     close(logits.gather(2, y[..., None])[..., 0], logits.amax(-1), 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1, 0.5])
-@pytest.mark.parametrize("sampler, device", RUNNING)
+@pytest.mark.parametrize("xp, device", RUNNING)
 @torch.no_grad()
-def test_sampler_draws_from_the_softmax(sampler, device, temperature):
+def test_sampler_draws_from_the_softmax(xp, device, temperature):
     """9.8: levels come as often as softmax(logits / temperature) says."""
     net = v.WaveNet(v.Config(residual=2, skip=2, depth=1, cycles=1), 1)
     net.output[3].weight.zero_()
     net.output[3].bias.copy_(torch.tensor([1., 2, 0] + [-1e3] * 253))
-    y = sampler(net.to(device), torch.zeros(80, 1, 1, device=device), 250).run(250, temperature).cpu()
+    y = v.Sampler(net.to(device), torch.zeros(80, 1, 1, device=device), 250, xp).run(250, temperature).cpu()
     p = (torch.tensor([1., 2, 0]) / temperature).softmax(-1)
     close(y.flatten().bincount(minlength=3) / 20_000, p, 0.015)
 
