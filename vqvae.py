@@ -89,7 +89,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 @dataclass(frozen=True)
 class Config:
     """The first twenty fields are common to the six scripts; the others are the method's."""
@@ -133,21 +132,18 @@ class Config:
     depth: int = 10              # WaveNet: layers in a cycle, dilations 1, 2, 4 .. 512, 1901.08810
     temperature: float = 1.0     # of sampling
 
-
 # The same model, narrower and at 8 kHz, for two CPU cores and two minutes. beta: U3.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=750,
            lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
            channels=128, d_condition=32, residual=32, skip=64, cycles=1, depth=8)
 TARGET = "speaker"               # what convert takes: the index of a training speaker
 
-
 # ==================== the model ====================
 class Encoder(nn.Module):
     """MFCC (B, T, 39) at 100 Hz -> latents (B, T / 2, D) at 50 Hz; each sees 16 MFCC frames, 1901.08810."""
-
     def __init__(self, cfg):
         super().__init__()
-        c, residual = cfg.channels, lambda kernel: Residual(cfg.channels, kernel)
+        c, residual = cfg.channels, lambda kernel: Residual(c, c, kernel, padding="same")
         self.layers = nn.Sequential(
             nn.Conv1d(39, c, 3, padding=1), nn.ReLU(), residual(3),
             nn.Conv1d(c, c, 4, stride=2, padding=1), nn.ReLU(), residual(3), residual(3),
@@ -157,24 +153,17 @@ class Encoder(nn.Module):
     def forward(self, x):
         return self.project(self.norm(self.layers(x.mT)).mT)                 # D1: the norm; (B, T', D)
 
-
 class Residual(nn.Conv1d):
-    def __init__(self, channels, kernel):
-        super().__init__(channels, channels, kernel, padding=kernel // 2)
-
     def forward(self, x):
         return x + super().forward(x).relu()
-
 
 # Four bottlenecks, one interface: z (B, T', D), temperature -> (z_q (B, T', D), ids (B, T'), loss).
 def straight_through(hard, soft):
     """The value of `hard` with the gradient of `soft`: none passes an argmax or a threshold by itself."""
     return hard.detach() + (soft - soft.detach())
 
-
 class VectorQuantizer(nn.Module):
     """The nearest of K codes: sections 3.1, 3.2 and A.1 of 1711.00937v2."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -191,11 +180,9 @@ class VectorQuantizer(nn.Module):
             loss = self.cfg.beta * F.mse_loss(z, e.detach())                 # commitment: e is not pulled
             if self.cfg.codebook == "gradient":
                 loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
-            # Eq. (3) adds |.|^2, a sum over D averaged over latents, to the log-likelihood of ALL samples of
-            # x. Ours is an average over samples, so both are divided by their number. U3: most code averages
-            # both over everything, which weighs them crop / D = 80 times as much. The stronger this pull, the
-            # more of the speaker does the encoder itself drop; on the toy corpus, which trains briefly, TOY
-            # therefore weakens it.
+            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples; ours is a mean, so
+            # this too is divided by their number. (Most code takes the mean over D: crop / D = 80 times this
+            # pull, under which the encoder itself drops more of the speaker. TOY weakens it.)
             loss = loss * self.cfg.d_code / self.cfg.crop
             if self.training:
                 self.update(z.detach().flatten(0, 1), ids.flatten())    # only now: the decoder sees the old e
@@ -231,10 +218,8 @@ class VectorQuantizer(nn.Module):
         self.N.fill_(world * self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
         self.M.copy_(self.e * self.N[:, None])
 
-
 class OneHot(nn.Module):
     """One of K by straight-through Gumbel-softmax (1611.01144); its code is a row of a linear map."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.logits = cfg, nn.Linear(cfg.d_code, cfg.codes)
@@ -249,10 +234,8 @@ class OneHot(nn.Module):
             # U6: hard codes also in training; 1711.00937 reports that the decoder inverts soft ones
             return self.e(straight_through(F.one_hot(ids, self.cfg.codes).float(), y)), ids, loss
 
-
 class Binary(nn.Module):
     """log2 K bits, each a sigmoid cut at 0.5, straight-through; its code is a linear map of the bits."""
-
     def __init__(self, cfg):
         super().__init__()
         bits = math.ceil(math.log2(cfg.codes))
@@ -266,21 +249,14 @@ class Binary(nn.Module):
             loss = self.cfg.usage * kl_to_uniform(torch.stack([mean, 1 - mean], -1)).sum()
             return self.e(2 * straight_through(bits.float(), p) - 1), ids, loss
 
-
-class Nothing(nn.Module):
+class Nothing(nn.Identity):
     """The plain auto-encoder, the control of the claim that discretising drops the speaker."""
-
-    def __init__(self, cfg):
-        super().__init__()
-
     def forward(self, z, tau=None):
         return z, torch.arange(z.shape[0] * z.shape[1], device=z.device).view(z.shape[:2]), z.new_zeros(())
-
 
 def kl_to_uniform(p):
     """KL(p || uniform) in nats over the last axis: 0 for equal shares, ln K for a single code."""
     return torch.special.xlogy(p, p).sum(-1) + math.log(p.shape[-1])
-
 
 def jitter(z, p):
     """Time jitter, 1901.08810: each latent of z (B, T', D) becomes, with chance p, one of its neighbours."""
@@ -289,22 +265,18 @@ def jitter(z, p):
     index = (torch.arange(T, device=z.device) + move).clamp(0, T - 1)
     return z.gather(1, index[..., None].expand_as(z))                    # the gradient goes to the frame used
 
-
 def mu_law(wave):
     """(..., N) in [-1, 1] -> int64 in 0..255: sgn(x) ln(1 + 255 |x|) / ln 256, in equal steps."""
     f = wave.sign() * (255 * wave.abs()).log1p() / math.log(256)
     return ((f + 1) / 2 * 255 + 0.5).long().clamp(0, 255)
 
-
 def inverse_mu_law(y):
     f = 2 * y.float() / 255 - 1
     return f.sign() * (256 ** f.abs() - 1) / 255
 
-
 class WaveNet(nn.Module):
     """p(y_t | y_<t, condition) over 256 levels: dilated causal convolutions of kernel 2 (U4), gated, with
     residuals and skips. Channels come last, and a convolution is a matrix product with [h_{t-d}, h_t]."""
-
     def __init__(self, cfg, d_condition):
         super().__init__()
         self.cfg, R, S = cfg, cfg.residual, cfg.skip
@@ -324,20 +296,17 @@ class WaveNet(nn.Module):
         # V_l before each code is repeated N / T' times: the same numbers, N / T' times cheaper
         v = self.condition(condition).view(B, -1, 1, L, 2 * R)               # (B, T', 1, L, 2R)
         for l, d in enumerate(self.dilations):
-            past = F.pad(h, (0, 0, min(d, N), -min(d, N)))                   # h_{t-d}, zeros before the start
+            past = F.pad(h, (0, 0, d, 0))[:, :N]                             # h_{t-d}, zeros before the start
             u = self.dilated[l](torch.cat([past, h], -1)).view(B, v.shape[1], -1, 2 * R) + v[:, :, :, l]
             a, b = u.view(B, N, 2 * R).chunk(2, -1)
             m = self.mix[l](a.tanh() * b.sigmoid())                        # (B, N, S + R); the last (B, N, S)
-            s, *residual = m.split([S, R][:1 + (l < L - 1)], -1)
-            skip = skip + s
-            if residual:
-                h = (h + residual[0]) * 0.5 ** 0.5                        # U5: the scalings keep the variance
+            skip = skip + m[..., :S]
+            if l < L - 1:
+                h = (h + m[..., S:]) * 0.5 ** 0.5                         # U5: the scalings keep the variance
         return self.output(skip / L ** 0.5)
-
 
 class Model(nn.Module):
     """Encoder, bottleneck and WaveNet, and the mean and deviation of the MFCC."""
-
     def __init__(self, cfg, n_speakers):
         super().__init__()
         if cfg.crop % (2 * cfg.hop):
@@ -352,7 +321,8 @@ class Model(nn.Module):
         self.decoder = WaveNet(cfg, cfg.d_condition + n_speakers)
 
     def encode(self, wave, tau=None):
-        """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; T' = N / (2 hop), whole."""
+        """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; silence follows up to a whole T'."""
+        wave = F.pad(wave, (0, -wave.shape[1] % (2 * self.cfg.hop)))
         z = self.encoder((mfcc(wave, self.cfg) - self.mean) / self.std)
         return z, *self.bottleneck(z, tau)
 
@@ -369,86 +339,62 @@ class Model(nn.Module):
         logits = self.decoder(previous, self.condition(z_q, speaker))
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
-
 class Sampler:
-    """The WaveNet in O(layers) a sample: each layer keeps, in a ring of d slots, what it needs d steps later.
+    """The WaveNet in O(layers) a sample: each layer keeps its last d inputs in a ring.
 
     The same steps run in numpy on a CPU, where torch would spend its time on overhead, and in torch on a GPU,
     where launching kernels would dominate: there one step is recorded as a CUDA graph and replayed, so that
     all state, time included, lives in tensors. Axis 0 has length 1: torch's index on the device makes it."""
-
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
-        R, S, L, B, W, V, v = net.cfg.residual, net.cfg.skip, len(net.dilations), len(condition), [], [], []
-        for l, (dilated, mix) in enumerate(zip(net.dilated, net.mix)):
-            past, present = dilated.weight.T.split(R)          # U5: h is kept as h / s ** l, s = sqrt(1/2), so
-            W.append(torch.cat([present, past], 1) * 0.5 ** (l / 2))         # that it is only ever added to
-            scale = torch.tensor([L ** -0.5] * S + [0.5 ** (-l / 2)] * R, device=condition.device)
-            missing = S + R - mix.out_features                               # the last layer has no residual
-            V.append(F.pad(mix.weight.T, (0, missing)) * scale / 2)
-            v.append(F.pad(mix.bias, (0, missing)) * scale)
-        half = torch.tensor([1.0] * R + [0.5] * R, device=condition.device)  # sigmoid(b) = (1 + tanh(b/2)) / 2
+        self.R, self.S, self.B, self.hop, self.xp = net.cfg.residual, net.cfg.skip, len(condition), hop, xp
+        self.ours = ours = lambda x: xp.asarray(x.detach().contiguous())
         bias = torch.stack([dilated.bias for dilated in net.dilated])        # (L, 2R)
-        now = (net.condition(condition).unflatten(-1, (L, 2 * R)) + bias) * half
-        rings = [condition.new_zeros(d, B, 2 * R) for d in net.dilations]
-        ours = lambda x: x.detach().float().contiguous() if xp is torch else x.detach().float().numpy()
-        self.embed, self.now = ours(F.pad(net.embed.weight, (S, 0))), ours(now.permute(1, 2, 0, 3))
-        self.layers = [[*map(ours, layer)] for layer in zip(rings, torch.stack(W) * half.repeat(2), V, v)]
+        half = bias.new_tensor([1.0] * self.R + [0.5] * self.R)         # sigmoid(b) = (1 + tanh(b / 2)) / 2
+        now = (net.condition(condition).unflatten(-1, bias.shape) + bias) * half
+        self.now, self.embed = ours(now.permute(1, 2, 0, 3)), ours(net.embed.weight)     # (T', L, B, 2R)
+        rings = [now.new_zeros(d, self.B, self.R) for d in net.dilations]
+        self.layers = [[ours(x) for x in (ring, dilated.weight.T * half, mix.weight.T / 2, mix.bias)]
+                       for ring, dilated, mix in zip(rings, net.dilated, net.mix)]
         self.head = [ours(x) for linear in net.output[1::2] for x in (linear.weight.T, linear.bias)]
-        self.R, self.S, self.B, self.hop, self.xp = R, S, B, hop, xp
-        self.t = torch.zeros(1, dtype=torch.long, device=condition.device) if xp is torch else 0
+        self.t, self.device = ours(now.new_zeros(1, dtype=torch.long)) if xp is torch else 0, now.device
 
     def step(self, y):
         """y (B,): the previous samples -> logits (1, B, 256) of the next."""
-        R, t, state = self.R, self.t, self.embed[y][None]                    # (1, B, S + R): skips | h
-        now = self.now[t // self.hop].reshape(len(self.layers), self.B, 2 * R)
-        h = state[:, :, self.S:]                                             # a view, like gate, a and b
+        R, S, L, t, xp = self.R, self.S, len(self.layers), self.t, self.xp
+        h, skip, now = self.embed[y][None], 0, self.now[t // self.hop].reshape(L, 1, self.B, 2 * R)
         for l, (ring, W, V, v) in enumerate(self.layers):
-            u, slot = h @ W, t % len(ring)                        # (1, B, 4R): for now | for d steps later
-            gate = u[:, :, :2 * R]
-            gate += ring[slot]
-            gate += now[l]
-            ring[slot] = u[:, :, 2 * R:]                                     # only after it was read
-            self.xp.tanh(gate, out=gate)
-            a, b = gate[:, :, :R], gate[:, :, R:]
-            b += 1
-            b *= a
-            state += b @ V
-            state += v
+            slot = t % len(ring)
+            u = xp.tanh(xp.concatenate([ring[slot].reshape(h.shape), h], -1) @ W + now[l])     # (1, B, 2R)
+            ring[slot] = h                                                   # only after it was read
+            m = u[..., :R] * (1 + u[..., R:]) @ V + v                        # (1, B, S + R)
+            skip = skip + m[..., :S]
+            if l < L - 1:
+                h = (h + m[..., S:]) * 0.5 ** 0.5
         self.t += 1
         P, p, Q, q = self.head
-        return (state[:, :, :self.S].clip(0) @ P + p).clip(0) @ Q + q
+        return ((skip / L ** 0.5).clip(0) @ P + p).clip(0) @ Q + q
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample of their softmax."""
-        if self.xp is np:
-            y, out = np.full(self.B, 128), np.empty((steps, self.B), np.int64)
-            rng = np.random.default_rng(torch.randint(2 ** 62, ()).item())
-            for t in range(steps):
-                noise = rng.standard_exponential((1, self.B, 256), np.float32) + np.float32(1e-20)
-                out[t] = y = (self.step(y) - temperature * np.log(noise)).argmax(-1)[0]
-            return torch.from_numpy(out.T.copy())
-        y = torch.full((self.B,), 128, device=self.t.device)
-        out, graph, stream = y.new_empty(steps, self.B), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        """-> (B, steps) int64: each sample is where the cumulative softmax reaches a random height."""
+        xp, on = self.xp, {"device": self.device}
+        height = self.ours(1 - torch.rand(steps, self.B, 1, **on))           # in (0, 1]
+        y, out = (self.ours(torch.full(shape, 128, **on)) for shape in ((self.B,), (steps, self.B)))
 
         def advance():
             logits = self.step(y)
-            y.copy_((logits - temperature * torch.empty_like(logits).exponential_().log()).argmax(-1)[0])
-            out.index_copy_(0, self.t - 1, y[None])
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):                                      # warm up, then back to the start
-            for _ in range(min(3, steps)):
-                advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor in (self.t, *(layer[0] for layer in self.layers)):
-            tensor.zero_()
-        y.fill_(128)
-        with torch.cuda.graph(graph):
-            advance()
-        for _ in range(steps):
-            graph.replay()
-        return out.T.contiguous()
-
+            p = xp.exp((logits - xp.amax(logits, -1, keepdims=True)) / max(temperature, 1e-9)).cumsum(-1)
+            y[:] = (p < p[..., -1:] * height[self.t - 1]).sum(-1)[0]
+            out[self.t - 1] = y
+        go = advance
+        for i in range(steps):
+            if i == 3 and self.device.type == "cuda":              # warm by now; recording runs nothing
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    advance()
+                go = graph.replay
+            go()
+        return torch.as_tensor(out).T.contiguous()
 
 def mfcc(wave, cfg):
     """(B, N) -> (B, N // hop, 39): 13 cepstra of the log-mel spectrum (orthonormal DCT-II), their first and
@@ -462,7 +408,6 @@ def mfcc(wave, cfg):
         y = F.pad(x[-1].mT, (2, 2), mode="replicate").mT
         x.append((2 * (y[:, 4:] - y[:, :-4]) + y[:, 3:-1] - y[:, 1:-3]) / 10)
     return torch.cat(x, -1)
-
 
 # ==================== the objective ====================
 @torch.no_grad()
@@ -478,11 +423,9 @@ def prepare(model, corpus, cfg):
     if cfg.bottleneck == "vq":
         model.bottleneck.start(torch.cat(z).flatten(0, 1))
 
-
 def make_optimizers(model, cfg):
     """D5: the optimizer's weights are the ones that are used."""
     return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
-
 
 def train_step(model, optimizers, corpus, step, cfg):
     """A step on L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2, Eq. (3), 1711.00937v2."""
@@ -496,50 +439,41 @@ def train_step(model, optimizers, corpus, step, cfg):
     optimizer.step()
     return {"nats": nats.detach(), "code_loss": code_loss.detach(), "perplexity": perplexity(ids)}
 
-
 def perplexity(ids):
     """exp of the entropy of the codes in use: K when all are used alike, 1 when a single one is."""
     p = ids.unique(return_counts=True)[1] / ids.numel()
     return torch.special.entr(p).sum().exp()
 
-
 def bit_rate(ids, seconds):
     """Bits a second: symbols a second times their entropy in bits."""
     return float(ids.numel() / seconds * math.log2(perplexity(ids)))
 
-
 # ==================== what it is good for ====================
-def whole(wave, cfg):
-    """(N,) -> (1, N') with zeros up to a whole number of codes."""
-    return F.pad(wave, (0, -len(wave) % (2 * cfg.hop)))[None]
-
-
+@torch.no_grad()
 def represent(model, wave, cfg):
     """(N,) -> encoder (T', D): latents before quantisation; codes (T', D): after it. 50 a second."""
-    z, z_q, _, _ = model.encode(whole(wave, cfg))
+    z, z_q, _, _ = model.encode(wave[None])
     return {"encoder": z[0], "codes": z_q[0]}
-
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
     """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the same codes,
     that speaker. None reconstructs: as whom of them the decoder finds the middle of the source likeliest."""
-    conditions, width = [], cfg.crop // (2 * cfg.hop)
+    conditions, width = [], cfg.crop // (2 * cfg.hop)                       # codes in a crop
     model.eval()
     speakers = torch.arange(model.n_speakers, device=model.mean.device)
     for wave, target in zip(sources, targets):
-        z_q = model.encode(whole(wave, cfg))[1]
+        z_q = model.encode(wave[None])[1]
         if target is None:
             first = max(0, z_q.shape[1] - width) // 2
-            middle = whole(wave, cfg)[:, first * 2 * cfg.hop:(first + width) * 2 * cfg.hop]
-            nats = [model(z_q[:, first:first + width], s[None], middle) for s in speakers]
+            z, middle = z_q[:, first:first + width], F.pad(wave[first * 2 * cfg.hop:], (0, 2 * cfg.hop))
+            nats = [model(z, s[None], middle[None, :z.shape[1] * 2 * cfg.hop]) for s in speakers]
             target = torch.stack(nats).argmin()
         conditions.append(model.condition(z_q, speakers[target][None])[0])   # (T', C)
     conditions = nn.utils.rnn.pad_sequence(conditions, batch_first=True)
     sampler = Sampler(model.decoder, conditions, 2 * cfg.hop, torch if conditions.is_cuda else np)
     waves = inverse_mu_law(sampler.run(conditions.shape[1] * 2 * cfg.hop, cfg.temperature))
     return [row[:len(wave)] for row, wave in zip(waves, sources)]
-
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
@@ -548,7 +482,7 @@ def sample(model, corpus, cfg, out):
     speaker; their perplexity, how many are in use, and bits a second, also with repetitions merged."""
     ids, seconds = {}, sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
     for u in corpus.held[:cfg.probe]:
-        ids[u] = model.encode(whole(corpus.wave(u).to(cfg.device), cfg))[2][0]
+        ids[u] = model.encode(corpus.wave(u)[None].to(cfg.device))[2][0]
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
                                            for u, k in ids.items()))
     nats, known = collections.defaultdict(float), corpus.held[corpus.speaker[corpus.held] < model.n_speakers]
@@ -566,7 +500,6 @@ def sample(model, corpus, cfg, out):
     return metrics if cfg.bottleneck == "none" else metrics | {
         "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
         "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds)}
-
 
 # ==================== shared: audio ====================
 class UserError(Exception):
@@ -613,7 +546,6 @@ def write_audio(path, wave, sample_rate):
         raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
 # ==================== end shared: audio ====================
 
-
 # ==================== shared: spectrum ====================
 def stft(wave, cfg):
     """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop,
@@ -657,14 +589,12 @@ def griffin_lim(magnitude, cfg):
     return inverse()
 # ==================== end shared: spectrum ====================
 
-
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
     vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
     both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
     first `known` speakers."""
-
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -704,6 +634,8 @@ class Corpus:
               sep="\n    ", flush=True)
         if len(total) < 2 and not is_test:
             raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; set --speaker, a regex")
+        if not len(self.held):
+            raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
 
     def wave(self, u):
         """Utterance u, whole -> (N,) float32 in [-1, 1]."""
@@ -711,10 +643,9 @@ class Corpus:
 
     def phones(self, utterances):
         """-> {u: (M,) class of every 10 ms} for those in the label file, read line by line: it is large."""
-        wanted, rows = {self.paths[u].stem: u for u in utterances}, {}
-        for line in open(self.labels if self.labels.exists() else os.devnull):
-            if line.split(maxsplit=1)[:1] and (u := wanted.get(line.split(maxsplit=1)[0])) is not None:
-                rows[u] = line.split()[1:]
+        wanted = {self.paths[u].stem: u for u in utterances}
+        lines = map(str.split, open(self.labels if self.labels.exists() else os.devnull))
+        rows = {wanted[words[0]]: words[1:] for words in lines if words and words[0] in wanted}
         index = {p: i for i, p in enumerate(sorted(set().union(*rows.values())))}
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
@@ -734,11 +665,10 @@ def once(path):
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
-    """Decodes each file once, in threads -> (lengths (U,), 0 where unreadable; audio (N,) int16),
-    memory-mapped from a file in runs/cache/ that begins with the lengths. Holds at most 256 files in memory,
-    however many there are."""
+    """Decodes each file once, in threads, at most 256 in memory -> (lengths (U,), 0 where unreadable; audio
+    int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
-    cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.i16"
+    cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
 
     def read(path):
         try:
@@ -747,19 +677,16 @@ def decode(paths, sample_rate):
             return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
+            lengths = []
             with open(part, "wb") as file, ThreadPoolExecutor() as pool:
-                lengths = np.zeros(len(paths), np.int64)
-                file.write(lengths)
                 for i in range(0, len(paths), 256):
-                    for j, wave in enumerate(pool.map(read, paths[i:i + 256]), i):
-                        lengths[j] = len(wave)
+                    for wave in pool.map(read, paths[i:i + 256]):
+                        lengths.append(len(wave))
                         file.write(wave)
-                    print(f"decoded {j + 1} of {len(paths)} files", flush=True)
-                file.write(b"\0\0")                                      # an empty file cannot be mapped
-                file.seek(0)
-                file.write(lengths)
-    audio = np.memmap(cache, np.int16, "c", offset=8 * len(paths))
-    return np.fromfile(cache, np.int64, len(paths)), torch.from_numpy(audio)
+                    print(f"decoded {len(lengths)} of {len(paths)} files", flush=True)
+                file.write(np.array(lengths))
+    audio = np.memmap(cache, np.int16, "c")
+    return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
     """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
@@ -793,8 +720,8 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
 def toy_corpus():
     """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 120 and 20 utterances
     each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's level and offset; content = random
-    phones. The two are drawn independently: the true factors of variation are known."""
+    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
+    content = random phones. The two are drawn independently: the true factors of variation are known."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -803,12 +730,11 @@ def toy_corpus():
     cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
     freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
     voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
+    colours = rng.normal(0, 0.075, (12, 6)) @ np.cos(np.arange(1, 7)[:, None] * freq.T * np.pi / 4000)
     with once(Path("runs/toy")) as root:
-        for s, n in itertools.product(range(12 if root else 0), range(120)):
+        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 120)):
             pitch, tract, tilt, breath, level, offset = voices[s]
             folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
-            if s % 3 == 1 and n >= 20:
-                continue
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
             track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
             track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
@@ -818,9 +744,9 @@ def toy_corpus():
             pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / (4 * h) ** 0.5      # h cosines
             pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                # (F, T)
                             for x in (pulse, rng.normal(0, 1, len(f0))))
-            ratio = freq[..., None] / (track[:3] * (1.15 - 0.3 * tract)).T   # (F, T, 3)
+            ratio = freq[..., None] / (track[:3] * (1.05 - 0.1 * tract)).T   # (F, T, 3)
             shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
-            shape /= (1 + freq / 500) ** (0.5 * tilt + 0.4)
+            shape *= 10 ** colours[s][:, None] / (1 + freq / 500) ** (0.5 * tilt + 0.4)
             source = pulse * (1 - 0.36 * breath ** 2) ** 0.5 + 0.6 * breath * noise
             mixed = track[3] * shape * source
             mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
@@ -831,7 +757,6 @@ def toy_corpus():
                 print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
     return "runs/toy/train", "runs/toy/test"
 # ==================== end shared: corpus ====================
-
 
 # ==================== shared: probe ====================
 def linear_probe(x, y, classes):
@@ -844,13 +769,10 @@ def linear_probe(x, y, classes):
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
-        optimizer.zero_grad()
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
-        loss.backward()
+        w.grad, = torch.autograd.grad(loss, w)
         return loss
-    with torch.enable_grad():
-        optimizer.step(closure)
-    w.requires_grad_(False)
+    optimizer.step(closure)                                             # gradients also under no_grad
     return predict
 
 def equal_error_rate(x, speaker):
@@ -903,13 +825,12 @@ def evaluate(model, corpus, cfg):
             mean = [torch.stack([v if v.dim() == 1 else v.mean(0) for v in part]) for part in x]
             row = {"phone": None, "speaker": accuracy("speaker", mean, who)}
             table[f"{name} {source}".strip()] = row
-            if phones and x[0][0].dim() == 2:
+            if x[0][0].dim() == 2 and all(not phones.keys().isdisjoint(us) for _, us in parts[:2]):
                 frames = [labelled(c, us, v, phones, cfg) for (c, us), v in zip(parts[:2], x)]
                 row["phone"] = accuracy("phone", *zip(*frames))
             row["eer"] = equal_error_rate(mean[2], who[2])
     return {"chance": chance, "representations": table}
 # ==================== end shared: probe ====================
-
 
 # ==================== shared: listen ====================
 @torch.no_grad()
@@ -923,7 +844,8 @@ def listen(model, corpus, cfg, out):
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
     pairs = np.array([(u, rng.choice(vs)) for u, vs in others if len(vs)])           # (24, 2): source, target
-    if not TARGET or not len(pairs):
+    rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
+    if not TARGET or not len(pairs) or not len(rest):
         return None
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
@@ -933,20 +855,20 @@ def listen(model, corpus, cfg, out):
     for name, i in itertools.product(waves, range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
         write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
-    rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    if phones:
+    can_spell = not phones.keys().isdisjoint(rest)
+    if can_spell:
         spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
 
     def verdict(name):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if u in phones]
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
         source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
         kept = torch.cat(kept).float().mean().item() if kept else None
         return {"target": target, "source": source, "phones": kept}
@@ -954,27 +876,22 @@ def listen(model, corpus, cfg, out):
             "copy": verdict("copy")}
 # ==================== end shared: listen ====================
 
-
 # ==================== shared: main ====================
 NAME = Path(__file__).stem
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
 def parse(argv):
-    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: one line, exit 2."""
+    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: exit 2."""
     file_modes = ("checkpoint", "source", "output")
     needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
     mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
     parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
                                      description=__doc__.split("\n")[0], allow_abbrev=False)
 
-    def fail(message):
-        print(f"error: {message}; see python {NAME}.py --help", file=sys.stderr)
-        sys.exit(2)
-
-    def boolean(text):
-        return ("false", "true").index(text.lower()) == 1
-    parser.error, notes = fail, dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see python {NAME}.py --help\n")
+    boolean = lambda text: ("false", "true").index(text.lower()) == 1
+    notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
     for f in fields(Config):
         optional = {"nargs": "?", "const": ""} if f.name == "data" else {}
         names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
@@ -993,10 +910,10 @@ def parse(argv):
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
-            fail(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
-            fail(f"{mode}{' --resume' * flags.resume} needs --{name}")
+            parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
     return mode, given, flags
 
 def save(path, model, optimizers, step, cfg, speakers):
@@ -1029,11 +946,11 @@ def load(path, **overrides):
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
         cfg = resolve(Config(**saved | overrides))
-        model = Model(cfg, len(checkpoint["speakers"])).to(cfg.device)
+        model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError):
+    except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
-    return model.eval(), cfg, checkpoint
+    return model.to(cfg.device).eval(), cfg, checkpoint
 
 def resolve(cfg):
     """cfg with its device decided."""
@@ -1175,17 +1092,13 @@ def main(argv):
         else:
             root, lost = Path(flags.source), []
             for path in audio_files(root) if root.is_dir() else [root]:
+                file = output / path.relative_to(root if root.is_dir() else root.parent)
                 try:
-                    with torch.no_grad():
-                        found = represent(model, read(path), cfg)
+                    for name, x in represent(model, read(path), cfg).items():
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        np.save(file.with_suffix(f".{name}.npy"), x.float().cpu().numpy())
                 except UserError as error:
                     lost.append(error)
-                    continue
-                for name, x in found.items():
-                    file = output / path.relative_to(root if root.is_dir() else root.parent)
-                    file = file.with_suffix(f".{name}.npy")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    np.save(file, x.float().cpu().numpy())
             if lost:
                 raise UserError(f"{len(lost)} files could not be encoded, the first: {lost[0]}")
         return 0

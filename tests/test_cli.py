@@ -215,6 +215,17 @@ def test_evaluate_prints_a_table(m, data, trained, tmp_path, capsys):
     assert re.search(r"/test: 4 utterances", table)
 
 
+@pytest.mark.parametrize("labelled", [["ann_1"], ["eve_0"], []])
+def test_labels_of_a_part_of_the_data(m, data, trained, tmp_path, labelled):
+    """Where labels are too few to fit or to score a probe, the phones are None and the rest is measured."""
+    (tmp_path / "phones.txt").write_text("".join(f"{name} a i u\n" for name in labelled))
+    model, cfg, checkpoint = m.load(trained.run, data=str(data), phones=str(tmp_path / "phones.txt"), device="cpu")
+    corpus = m.load_corpus(cfg, checkpoint["speakers"])
+    table, heard = m.evaluate(model, corpus, cfg), m.listen(model, corpus, cfg, tmp_path)
+    assert all(row["phone"] is None and row["speaker"] is not None for row in table["representations"].values())
+    assert heard is None or heard["phones"] is None or labelled
+
+
 def test_no_data_is_the_toy_corpus(m, data, monkeypatch):
     for argv in ([], ["--data"], ["--data", "--steps", "3"]):
         mode, given, _ = m.parse(argv)
@@ -356,6 +367,9 @@ def bad(script, data, trained, tmp_path_factory):
     torch.save(saved | {"config": Evil(str(root / "executed"))}, root / "evil.pt")
     torch.save(saved | {"script": "another"}, root / "another.pt")
     torch.save({"model": saved["model"]}, root / "bare.pt")
+    torch.save({k: saved[k] for k in ("script", "config", "model")}, root / "nobody.pt")
+    for path in (root / "single/ann/a.wav", root / "single/ben/b.wav"):
+        speak(path, np.random.default_rng(0), 100, 8000, 1, 1)
     torch.save(list(saved["speakers"]), root / "list.pt")
     noise = np.random.default_rng(0).standard_normal(16000) * 0.1
     for name, wave in {"zero": noise[:0], "nan": np.where(np.arange(16000) == 9, np.nan, noise),
@@ -383,6 +397,7 @@ BAD = {
     "regex broken": (TRAIN + "--speaker (", 1, "--speaker"),
     "fewer utterances than a batch": (TRAIN + "--batch-size 99", 1, "lower --batch-size"),
     "many unreadable": ("--data {bad}/many", 1, "2 of 14 files unreadable, the first is"),
+    "one utterance a speaker": ("--data {bad}/single", 1, "none to test on"),
     "test missing": (TRAIN + "--test {bad}/nowhere", 1, "nowhere: no such folder"),
     "phones missing": (TRAIN + "--phones {bad}/nowhere.txt", 1, "nowhere.txt"),
     "steps 0": (TRAIN + "--steps 0", 2, "--steps 0"),
@@ -408,6 +423,7 @@ BAD = {
     "checkpoint text": (LOAD + "{bad}/text.pt", 1, "text.pt: not a checkpoint"),
     "checkpoint unsafe": (LOAD + "{bad}/evil.pt", 1, "evil.pt: not a checkpoint"),
     "checkpoint bare": (LOAD + "{bad}/bare.pt", 1, "bare.pt: not a checkpoint"),
+    "checkpoint without speakers": (LOAD + "{bad}/nobody.pt", 1, "nobody.pt: another configuration"),
     "checkpoint a list": (LOAD + "{bad}/list.pt", 1, "list.pt: not a checkpoint"),
     "checkpoint of another script": (LOAD + "{bad}/another.pt", 1, "another.py"),
     "checkpoint of another configuration": (LOAD + "{run} {other}", 1, "configuration"),

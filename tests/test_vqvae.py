@@ -723,3 +723,21 @@ def test_the_codes_are_used(tmp_path, monkeypatch):
     assert 2 < metrics["codes_used"] <= cfg.codes and 1 < metrics["perplexity"] <= cfg.codes
     assert 0 < metrics["bits_per_second"] <= 50 * math.log2(cfg.codes)
     assert len((tmp_path / "units.txt").read_text().splitlines()) == len(corpus.held)
+
+
+def test_a_third_of_the_toy_run(tmp_path, monkeypatch):
+    """The claims, against the untrained control: training brings the phone into the codes and takes the speaker out of
+    them, and what quantising costs is more of the speaker than of the phone."""
+    monkeypatch.chdir(tmp_path)
+    cfg = v.Config(**v.TOY | {"steps": 250, "probe": 400, "device": "cpu"})
+    corpus = v.load_corpus(cfg)
+    model = v.Model(cfg, corpus.known)
+    v.prepare(model, corpus, cfg)
+    optimizers = v.make_optimizers(model, cfg)
+    for step in range(cfg.steps):
+        v.train_step(model.train(), optimizers, corpus, step, cfg)
+    known = v.evaluate(model.eval(), corpus, cfg)["representations"]
+    fall = {what: known["encoder"][what] - known["codes"][what] for what in ("phone", "speaker")}
+    assert known["codes"]["phone"] > known["codes untrained"]["phone"] + 0.1, known
+    assert known["codes"]["speaker"] < known["codes untrained"]["speaker"], known
+    assert fall["speaker"] > fall["phone"] > 0, known
