@@ -109,7 +109,7 @@ class Config:
     seed: int = 0                # of weights, batches and noise
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
-    probe: int = 1000            # utterances at most to fit the probes on, and to score them on
+    probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
     save_every: int = 5000       # steps between checkpoints
 
@@ -133,8 +133,8 @@ class Config:
     temperature: float = 1.0     # of sampling
 
 # The same model, narrower and at 8 kHz, for two CPU cores and two minutes. beta: U3.
-TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=750,
-           lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
+TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=850,
+           lr=2.5e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
            channels=128, d_condition=32, residual=32, skip=64, cycles=1, depth=8)
 TARGET = "speaker"               # what convert takes: the index of a training speaker
 
@@ -718,7 +718,7 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     return batch
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 120 and 20 utterances
+    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
     each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
     Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
     content = random phones. The two are drawn independently: the true factors of variation are known."""
@@ -730,11 +730,12 @@ def toy_corpus():
     cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
     freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
     voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
-    colours = rng.normal(0, 0.075, (12, 6)) @ np.cos(np.arange(1, 7)[:, None] * freq.T * np.pi / 4000)
     with once(Path("runs/toy")) as root:
-        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 120)):
+        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 160)):
             pitch, tract, tilt, breath, level, offset = voices[s]
             folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
+            colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
+            colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
             track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
             track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
@@ -746,13 +747,14 @@ def toy_corpus():
                             for x in (pulse, rng.normal(0, 1, len(f0))))
             ratio = freq[..., None] / (track[:3] * (1.05 - 0.1 * tract)).T   # (F, T, 3)
             shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
-            shape *= 10 ** colours[s][:, None] / (1 + freq / 500) ** (0.5 * tilt + 0.4)
-            source = pulse * (1 - 0.36 * breath ** 2) ** 0.5 + 0.6 * breath * noise
+            shape *= 10 ** colour / (1 + freq / 500) ** (0.3 * tilt + 0.4)
+            source = pulse * (1 - 0.09 * breath ** 2) ** 0.5 + 0.3 * breath * noise
             mixed = track[3] * shape * source
             mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
             wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
             wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
-            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
+            wave += 0.016 * offset - 0.005
+            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave, 16000)
             with open(folder / "phones.txt", "a") as file:
                 print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
     return "runs/toy/train", "runs/toy/test"
