@@ -753,8 +753,7 @@ def toy_corpus():
             mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
             wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
             wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
-            wave += 0.016 * offset - 0.005
-            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave, 16000)
+            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
             with open(folder / "phones.txt", "a") as file:
                 print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
     return "runs/toy/train", "runs/toy/test"

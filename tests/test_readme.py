@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-SCRIPTS = [n for n in ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim") if (ROOT / f"{n}.py").exists()]
+NAMES = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
+SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 MARKS = "<!-- results: rendered by tests/test_readme.py --write -->\n", "<!-- end of results -->\n"
 
 
@@ -25,29 +26,41 @@ def current(script):
 
 
 def render():
-    """Markdown of every run in tests/results, one table each; a run of an older text of its script is marked stale."""
-    parts = []
-    for path in sorted((ROOT / "tests" / "results").glob("*.json")):
+    """Markdown of every run in tests/results: for each script and data a table, and a line on each run. A run of an
+    older text of its script is marked stale."""
+    groups, parts = {}, []
+    for path in sorted((ROOT / "tests" / "results").glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
         run = json.loads(path.read_text())
-        rows = {"chance": run["chance"]} | run["representations"]
-        percent = lambda value: "" if value is None else f"{value:.1%}"
-        parts += [f"`{run['command']}`{'' if run['sha256'] == current(run['script']) else ' **(stale: the script has changed since)**'}  ",
-                  f"{run['data']['minutes']} minutes of {run['data']['speakers']} speakers at "
-                  f"{run['config']['sample_rate']} Hz, {run['steps']} steps, {run['seconds']:.0f} s in all, "
-                  f"{run['hardware']}, torch {run['torch']}", "", "| | phone | speaker | EER |", "|---|---|---|---|"]
-        parts += [f"| {name} | {percent(row['phone'])} | {percent(row['speaker'])} | {percent(row['eer'])} |"
-                  for name, row in rows.items()]
-        if voice := run["conversion"]:
-            parts += ["", f"Of {voice['pairs']} conversions {voice['target']:.0%} are heard as the target and "
-                      f"{voice['source']:.0%} as the source (copy synthesis: {voice['copy']['source']:.0%} as their own "
-                      "speaker)" + ("" if voice["phones"] is None else f"; {voice['phones']:.0%} of frames keep their "
-                                    f"phone ({voice['copy']['phones']:.0%})") + "."]
-        for name, value in run["metrics"].items():
-            if isinstance(value, dict):
-                parts += ["", f"{name}: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in value.items())]
-        single = [f"{k.replace('_', ' ')} {v:.4g}" for k, v in run["metrics"].items() if not isinstance(v, dict)]
-        parts += ["", ", ".join(single), ""] if single else [""]
+        groups.setdefault((run["script"], run["data"]["folder"]), []).append(run)
+    percent = lambda value: "" if value is None else f"{value:.1%}"
+    for (script, folder), runs in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
+        data, config = runs[0]["data"], runs[0]["config"]
+        parts += [f"### `{script}.py` on {folder}", "", f"{data['minutes']} minutes of {data['speakers']} speakers, at "
+                  f"{config['sample_rate']} Hz.", "", "| run | | phone | speaker | EER |", "|---|---|---|---|---|"]
+        for run in runs:
+            rows = {"chance": run["chance"]} | run["representations"]
+            rows = rows if run is runs[0] else {k: row for k, row in rows.items() if k not in ("chance", "log-mel")}
+            parts += [f"| {title(run) if i == 0 else ''} | {name} | {percent(row['phone'])} | {percent(row['speaker'])} | "
+                      f"{percent(row['eer'])} |" for i, (name, row) in enumerate(rows.items())]
+        parts += [""]
+        for run in runs:
+            line = [f"{run['steps']} steps, {run['seconds']:.0f} s in all, {run['hardware']}, torch {run['torch']}"]
+            if voice := run["conversion"]:
+                line += [f"of {voice['pairs']} conversions {voice['target']:.0%} heard as the target, "
+                         f"{voice['source']:.0%} as the source (copy synthesis: {voice['copy']['source']:.0%} as themselves)"]
+                line += [f"{voice['phones']:.0%} of their frames keep the phone ({voice['copy']['phones']:.0%})"] \
+                    if voice["phones"] is not None else []
+            for name, value in run["metrics"].items():
+                value = ", ".join(f"{k} {v:.2f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4g}"
+                line += [f"{name} {value}".replace("_", " ")]
+            parts += [f"* {title(run)}{'' if run['sha256'] == current(script) else ' **(stale: the script has changed since)**'}: "
+                      f"{'; '.join(line)}."]
+        parts += [""]
     return "\n".join(parts)
+
+
+def title(run):
+    return f"`{run['command']}`"
 
 
 def section():
