@@ -58,8 +58,8 @@ from 89 to 76 and from 86 to 74 %. A speaker accuracy is good to 5 points, and r
 alone differ by 10. Samples are noisy: 33 and 54 % of conversions are heard as the target, 12 and 8 % as the
 source. Real digits, six speakers, 2400 steps: a wrong speaker costs 0.53 nats, 42 % of conversions are heard
 as the target, 8 % as the source; but the codes keep the speaker (98 to 98 %), whom level and noise of these
-recordings also tell. One-hot and binary codes, the control --bottleneck none and the paper's size are not
-measured; nothing was run on a GPU.
+recordings also tell. The control, --bottleneck none on the toy corpus, keeps 91 % of the speaker. One-hot and
+binary codes and the paper's size are not measured; nothing was run on a GPU.
 """
 import argparse
 import collections
