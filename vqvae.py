@@ -26,7 +26,7 @@ latent. Converting a voice is decoding the same codes with another speaker.
 
 Differs from the papers
 D1  Each convolution of the encoder, and its output before the projection to D, is batch-normalised, on each
-    GPU by its own batch. (With the last one alone the residual sums grew a hundredfold in a trial on the toy
+    GPU by its own batch. (With the last one alone the residual sums grew sixtyfold in a trial on the toy
     corpus, and nearly all variance lay in one or two directions.)
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
@@ -55,7 +55,7 @@ Measured on a CPU; the README holds the tables. Toy corpus, 850 steps, 2 minutes
 another utterance's codes cost 3.5 and 2.4 nats a sample, a wrong speaker 0.09 and 0.14; 64 and 63 of 64 codes
 are in use. From `encoder` to `codes` speaker accuracy falls from 67 to 48 and from 64 to 47 %, phone accuracy
 from 89 to 76 and from 86 to 74 %. A speaker accuracy is good to 5 points, and runs that differ in rounding
-alone differ by 10. Samples are noisy: 33 and 54 % of conversions are heard as the target, 12 and 8 % as the
+alone (1 or 2 threads) differed by 15. Samples are noisy: 33 and 54 % of conversions are heard as the target, 12 and 8 % as the
 source. Real digits, six speakers, 2400 steps: a wrong speaker costs 0.53 nats, 42 % of conversions are heard
 as the target, 8 % as the source; but the codes keep the speaker (98 to 98 %), whom level and noise of these
 recordings also tell. The control, --bottleneck none on the toy corpus, keeps 91 % of the speaker. One-hot and
