@@ -341,54 +341,67 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 class Sampler:
-    """The WaveNet in O(layers) a sample: each layer keeps its last d inputs in a ring.
+    """The WaveNet in O(layers) a sample: a ring for each layer keeps what its last d inputs say d steps later.
 
     The same steps run in numpy on a CPU, where torch would spend its time on overhead, and in torch on a GPU,
     where launching kernels would dominate: there one step is recorded as a CUDA graph and replayed, so that
-    all state, time included, lives in tensors. Axis 0 has length 1: torch's index on the device makes it."""
+    all state, time included, lives in tensors. All scalings are folded into the weights, and
+    sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate."""
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
-        self.R, self.S, self.B, self.hop, self.xp = net.cfg.residual, net.cfg.skip, len(condition), hop, xp
+        R, S, L, s = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5
+        self.R, self.S, self.B, self.hop, self.xp = R, S, len(condition), hop, xp
         self.ours = ours = lambda x: xp.asarray(x.detach().contiguous())
-        bias = torch.stack([dilated.bias for dilated in net.dilated])        # (L, 2R)
-        half = bias.new_tensor([1.0] * self.R + [0.5] * self.R)         # sigmoid(b) = (1 + tanh(b / 2)) / 2
+        bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
+        half = bias.new_tensor([1.0] * R + [0.5] * R)
         now = (net.condition(condition).unflatten(-1, bias.shape) + bias) * half
-        self.now, self.embed = ours(now.permute(1, 2, 0, 3)), ours(net.embed.weight)     # (T', L, B, 2R)
-        rings = [now.new_zeros(d, self.B, self.R) for d in net.dilations]
-        self.layers = [[ours(x) for x in (ring, dilated.weight.T * half, mix.weight.T / 2, mix.bias)]
-                       for ring, dilated, mix in zip(rings, net.dilated, net.mix)]
+        self.now, self.embed = ours(now.permute(1, 2, 0, 3)), ours(F.pad(net.embed.weight, (S, 0)))
+        self.layers = []
+        for l, (d, dilated, mix) in enumerate(zip(net.dilations, net.dilated, net.mix)):
+            past, present = dilated.weight.T.split(R)
+            W = torch.cat([present * half, past * half], 1) * s ** l              # the state holds h / s^l
+            scale = bias.new_tensor([L ** -0.5] * S + [s ** -l] * R)
+            V, v = (F.pad(x, (0, S + R - len(mix.bias))) * scale for x in (mix.weight.T / 2, mix.bias))
+            self.layers.append([ours(x) for x in (now.new_zeros(d, self.B, 2 * R), W, V, v)])
         self.head = [ours(x) for linear in net.output[1::2] for x in (linear.weight.T, linear.bias)]
         self.t, self.device = ours(now.new_zeros(1, dtype=torch.long)) if xp is torch else 0, now.device
 
     def step(self, y):
-        """y (B,): the previous samples -> logits (1, B, 256) of the next."""
-        R, S, L, t, xp = self.R, self.S, len(self.layers), self.t, self.xp
-        h, skip, now = self.embed[y][None], 0, self.now[t // self.hop].reshape(L, 1, self.B, 2 * R)
+        """y (B,): the previous samples -> logits (B, 256) of the next."""
+        R, S, t, tanh = self.R, self.S, self.t, self.xp.tanh
+        state, now = self.embed[y], self.now[t // self.hop].reshape(-1, self.B, 2 * R)
+        h = state[:, S:]                                                     # a view: state = [skip, h]
         for l, (ring, W, V, v) in enumerate(self.layers):
-            slot = t % len(ring)
-            u = xp.tanh(xp.concatenate([ring[slot].reshape(h.shape), h], -1) @ W + now[l])     # (1, B, 2R)
-            ring[slot] = h                                                   # only after it was read
-            m = u[..., :R] * (1 + u[..., R:]) @ V + v                        # (1, B, S + R)
-            skip = skip + m[..., :S]
-            if l < L - 1:
-                h = (h + m[..., S:]) * 0.5 ** 0.5
+            u, slot = h @ W, t % len(ring)                                   # (B, 4R)
+            gate = u[:, :2 * R]
+            gate += ring[slot].reshape(gate.shape)
+            gate += now[l]
+            ring[slot] = u[:, 2 * R:]                                        # only after it was read
+            tanh(gate, out=gate)
+            b = gate[:, R:]
+            b += 1
+            b *= gate[:, :R]
+            state += b @ V
+            state += v
         self.t += 1
         P, p, Q, q = self.head
-        return ((skip / L ** 0.5).clip(0) @ P + p).clip(0) @ Q + q
+        return (state[:, :S].clip(0) @ P + p).clip(0) @ Q + q
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64: each sample is where the cumulative softmax reaches a random height."""
-        xp, on = self.xp, {"device": self.device}
-        height = self.ours(1 - torch.rand(steps, self.B, 1, **on))           # in (0, 1]
+        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample from the softmax."""
+        on = {"device": self.device}
+        noise = self.ours(torch.zeros(256, self.B, 256, **on))               # of the next 256 steps
         y, out = (self.ours(torch.full(shape, 128, **on)) for shape in ((self.B,), (steps, self.B)))
 
         def advance():
             logits = self.step(y)
-            p = xp.exp((logits - xp.amax(logits, -1, keepdims=True)) / max(temperature, 1e-9)).cumsum(-1)
-            y[:] = (p < p[..., -1:] * height[self.t - 1]).sum(-1)[0]
+            logits += noise[(self.t - 1) % 256].reshape(logits.shape)
+            y[:] = logits.argmax(-1)
             out[self.t - 1] = y
         go = advance
         for i in range(steps):
+            if i % 256 == 0:
+                noise[:] = self.ours(-temperature * (-torch.rand(noise.shape, **on).clamp(1e-9).log()).log())
             if i == 3 and self.device.type == "cuda":              # warm by now; recording runs nothing
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):

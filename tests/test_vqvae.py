@@ -515,8 +515,8 @@ def test_condition_reaches_its_own_samples():
 def cached(xp, net, previous, condition):
     """The logits of the step-by-step sampler, fed with `previous`."""
     sampler = v.Sampler(net, condition, 8, xp)
-    return torch.cat([torch.as_tensor(sampler.step(y if xp is torch else y.numpy())) for y in previous.T]) \
-        .transpose(0, 1)
+    steps = [torch.as_tensor(sampler.step(y if xp is torch else y.numpy())) for y in previous.T]
+    return torch.stack(steps, 1)
 
 
 @pytest.mark.parametrize("xp, depth", [(np, 4), (torch, 4), (np, 10)])
