@@ -341,12 +341,11 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 class Sampler:
-    """The WaveNet in O(layers) a sample: a ring for each layer keeps what its last d inputs say d steps later.
-
+    """The WaveNet in O(layers) a sample: each layer's ring keeps what its last d inputs say d steps later.
     The same steps run in numpy on a CPU, where torch would spend its time on overhead, and in torch on a GPU,
-    where launching kernels would dominate: there one step is recorded as a CUDA graph and replayed, so that
-    all state, time included, lives in tensors. All scalings are folded into the weights, and
-    sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate."""
+    there recorded as a CUDA graph and replayed, since launching kernels would dominate: so all state, time
+    included, lives in tensors. The scalings are folded into the weights, as is the half in sigmoid(b) =
+    (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate."""
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
         R, S, L, s = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5
@@ -368,21 +367,14 @@ class Sampler:
 
     def step(self, y):
         """y (B,): the previous samples -> logits (B, 256) of the next."""
-        R, S, t, tanh = self.R, self.S, self.t, self.xp.tanh
+        R, S, t, xp = self.R, self.S, self.t, self.xp
         state, now = self.embed[y], self.now[t // self.hop].reshape(-1, self.B, 2 * R)
         h = state[:, S:]                                                     # a view: state = [skip, h]
         for l, (ring, W, V, v) in enumerate(self.layers):
             u, slot = h @ W, t % len(ring)                                   # (B, 4R)
-            gate = u[:, :2 * R]
-            gate += ring[slot].reshape(gate.shape)
-            gate += now[l]
+            gate = xp.tanh(u[:, :2 * R] + ring[slot].reshape(self.B, 2 * R) + now[l])
             ring[slot] = u[:, 2 * R:]                                        # only after it was read
-            tanh(gate, out=gate)
-            b = gate[:, R:]
-            b += 1
-            b *= gate[:, :R]
-            state += b @ V
-            state += v
+            state += gate[:, :R] * (1 + gate[:, R:]) @ V + v
         self.t += 1
         P, p, Q, q = self.head
         return (state[:, :S].clip(0) @ P + p).clip(0) @ Q + q
@@ -394,9 +386,7 @@ class Sampler:
         y, out = (self.ours(torch.full(shape, 128, **on)) for shape in ((self.B,), (steps, self.B)))
 
         def advance():
-            logits = self.step(y)
-            logits += noise[(self.t - 1) % 256].reshape(logits.shape)
-            y[:] = logits.argmax(-1)
+            y[:] = (self.step(y) + noise[(self.t - 1) % 256].reshape(-1, 256)).argmax(-1)
             out[self.t - 1] = y
         go = advance
         for i in range(steps):
@@ -918,7 +908,7 @@ def parse(argv):
                             choices=get_args(f.type) or None,
                             help=f"{notes[f.name]} [{f.default}]".replace("%", "%%"))
     for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": "speaker, or recording of one", "output": "what to write"}.items():
+                       "target": "speaker, or recordings of one", "output": "what to write"}.items():
         parser.add_argument(f"--{name}", help=note)
     for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
                        "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
@@ -1097,19 +1087,23 @@ def main(argv):
                 what = "silence" if len(wave) >= cfg.win else f"shorter than a window of {cfg.win} samples"
                 raise UserError(f"{path}: {what}; give another recording")
             return wave
+        files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
             report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
         elif mode == "convert":
-            target, speakers = flags.target, checkpoint["speakers"]
+            target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
                 raise UserError(f"--target: {NAME}.py does not convert between speakers; leave it out")
-            if target and TARGET == "speaker" and target not in speakers:
+            if target and TARGET == "recording":            # several of one speaker, one after another
+                target = torch.cat([read(path) for path in files(Path(target))])
+            elif target and target not in speakers:
                 raise UserError(f"--target {target}: unknown; the model knows {', '.join(speakers[:40])}")
-            target = None if not target else read(target) if TARGET == "recording" else speakers.index(target)
+            elif target:
+                target = speakers.index(target)
             write_audio(output, convert(model, [read(flags.source)], [target], cfg)[0], cfg.sample_rate)
         else:
             root, lost = Path(flags.source), []
-            for path in audio_files(root) if root.is_dir() else [root]:
+            for path in files(root):
                 file = output / path.relative_to(root if root.is_dir() else root.parent)
                 try:
                     for name, x in represent(model, read(path), cfg).items():
