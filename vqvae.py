@@ -25,20 +25,25 @@ latent. Converting a voice is decoding the same codes with another speaker.
     N_i, m_i    bottleneck.N, .M       (K,), (K, D)
 
 Differs from the papers
-D1  Each convolution of the encoder, and its output before the projection to D, is batch-normalised, on each
-    GPU by its own batch. (With the last one alone the residual sums grew sixtyfold in a trial on the toy
-    corpus, and nearly all variance lay in one or two directions.)
+D1  Each convolution of the encoder, and its output before the projection to D, is batch-normalised, without
+    scale or shift (so a convolution's bias does nothing), on each GPU by its own batch. (With the last norm
+    alone the residual sums grew sixtyfold in a trial on the toy corpus, and nearly all variance lay in one or
+    two directions.)
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
-D4  Codes by moving averages, A.1 of 1711.00937, whose K this is; --codebook gradient is the 2nd term of L.
+D4  Codes by moving averages, which 1711.00937 describes (A.1) but did not use; --codebook gradient is the 2nd
+    term of L.
 D5  No Polyak average of the weights for evaluation: one set of weights to read and to save.
-The papers do not say (or we could not read: 1901.08810 is followed here through its later implementations)
-U1  Mel bands and window of the MFCC, width of the differences: 80, 25 ms, two frames.
+The papers do not say, or we could not check (we had not the text of 1901.08810: its values here are those
+that later work and implementations give)
+U1  MFCC: 80 Slaney bands of the magnitude, 25 ms, no pre-emphasis or liftering, differences over two frames
+    on either side, standardised by the training set.
 U2  Edges of a crop: silence before and after; the differences repeat the edge frame.
 U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
-U4  Kernel of the WaveNet: 2.
-U5  Scalings in the WaveNet: residual sums by sqrt(1/2), the sum of the skips by sqrt(1/L).
+U4  Kernel of the WaveNet: 2, and 1 for its first layer.
+U5  Scalings in the WaveNet: residual sums by sqrt(1/2), the sum of the skips by sqrt(1/layers).
 U6  How one-hot and binary codes are kept in use: KL of their average to uniform. Temperature of the one-hot.
+U7  How many steps the halvings of the learning rate belong to: a million; with fewer, in proportion.
 
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
 perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers; data_share, the
@@ -91,7 +96,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Config:
-    """The first twenty fields are common to the six scripts; the others are the method's."""
+    """The first twenty fields are common to the six scripts. Comments are the help texts."""
     data: str = ""               # folder of audio; none: the toy corpus
     test: str = ""               # another folder, for testing, usually of unseen speakers
     out: str = ""                # run folder; none: the next free runs/NAME-N
@@ -115,12 +120,12 @@ class Config:
 
     bottleneck: Literal["vq", "onehot", "binary", "none"] = "vq"  # makes the code discrete; none: a control
     codebook: Literal["ema", "gradient"] = "ema"  # how VQ learns its codes: 1711.00937 A.1, or Eq. (3)
-    codes: int = 512             # K, 1711.00937 4.3; binary: log2 K bits
+    codes: int = 512             # K, 1711.00937 4.3; binary: log2 K bits, rounded up
     d_code: int = 64             # D, 1901.08810
     beta: float = 0.25           # weight of the commitment, 1711.00937 3.2
     decay: float = 0.99          # gamma of the moving averages, 1711.00937 A.1
     smoothing: float = 1e-5      # D3: Laplace smoothing of the counts
-    revive: float = 0.1         # D2: a code used less than this share of the average moves to a random latent
+    revive: float = 0.1         # D2: a code used less than this times the average moves to a random latent
     usage: float = 0.1           # onehot, binary: weight of the term that keeps codes in use, U6
     tau_rate: float = 3e-5       # onehot: temperature max(0.5, exp(-rate * step)), U6
     jitter: float = 0.12         # chance that a latent is replaced by a neighbour, 1901.08810
@@ -181,12 +186,12 @@ class VectorQuantizer(nn.Module):
             loss = self.cfg.beta * F.mse_loss(z, e.detach())                 # commitment: e is not pulled
             if self.cfg.codebook == "gradient":
                 loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
-            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples; ours is a mean, so
-            # this too is divided by their number. (Most code takes the mean over D: crop / D = 80 times this
-            # pull, under which the encoder itself drops more of the speaker. TOY weakens it.)
+            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples of a crop; ours is
+            # their mean, so this too is divided by their number. (Most code: the mean over D, crop / D = 80
+            # times as strong.) TOY's smaller beta lets the encoder keep the speaker, for the codes to drop.
             loss = loss * self.cfg.d_code / self.cfg.crop
             if self.training:
-                self.update(z.detach().flatten(0, 1), ids.flatten())    # only now: the decoder sees the old e
+                self.update(z.detach().flatten(0, 1), ids.flatten())    # the decoder sees the old e
             return straight_through(e, z), ids, loss
 
     @torch.no_grad()
@@ -203,24 +208,24 @@ class VectorQuantizer(nn.Module):
         if self.cfg.codebook == "ema":                                 # e = M / N; D3: N smoothed, not stored
             total, eps = self.N.sum(), self.cfg.smoothing
             self.e.copy_(self.M / ((self.N + eps) / (total + K * eps) * total)[:, None])
-        share = n.sum() / K
-        dead = self.N < self.cfg.revive * share                         # D2: e, N and M together, or the next
-        self.N.copy_(torch.where(dead, share, self.N))                    # e = M / N brings the old code back
+        share = self.N.mean()
+        dead = self.N < self.cfg.revive * share
+        self.N.copy_(torch.where(dead, share, self.N))      # D2: all three, or the next M / N undoes it
         self.M.copy_(torch.where(dead[:, None], random * share, self.M))
         self.e.copy_(torch.where(dead[:, None], random, self.e))
 
     @torch.no_grad()
     def start(self, z):
         """e <- K of the latents z (n, D), N <- the share of a code in a batch, M <- N e: a code without
-        latents then stays where it is until D2 moves it. (From N = 0, as often seen, the first update throws
-        it some 1 / smoothing times as far.)"""
+        latents then stays where it is until D2 moves it. (From N = 0, M = e, as often seen, the first update
+        throws it some 1 / smoothing times as far.)"""
         self.e.copy_(z[torch.randperm(len(z), device=z.device)[:self.cfg.codes]])
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.N.fill_(world * self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
         self.M.copy_(self.e * self.N[:, None])
 
 class OneHot(nn.Module):
-    """One of K by straight-through Gumbel-softmax (1611.01144); its code is a row of a linear map."""
+    """One of K by straight-through Gumbel-softmax (1611.01144); its code is a linear map of it."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.logits = cfg, nn.Linear(cfg.d_code, cfg.codes)
@@ -236,7 +241,7 @@ class OneHot(nn.Module):
             return self.e(straight_through(F.one_hot(ids, self.cfg.codes).float(), y)), ids, loss
 
 class Binary(nn.Module):
-    """log2 K bits, each a sigmoid cut at 0.5, straight-through; its code is a linear map of the bits."""
+    """log2 K bits, rounded up, a sigmoid cut at .5, straight-through; the code is a linear map of them."""
     def __init__(self, cfg):
         super().__init__()
         bits = math.ceil(math.log2(cfg.codes))
@@ -253,7 +258,8 @@ class Binary(nn.Module):
 class Nothing(nn.Identity):
     """The plain auto-encoder, the control of the claim that discretising drops the speaker."""
     def forward(self, z, tau=None):
-        return z, torch.arange(z.shape[0] * z.shape[1], device=z.device).view(z.shape[:2]), z.new_zeros(())
+        ids = torch.arange(z.shape[0] * z.shape[1], device=z.device)         # every latent a code of its own
+        return z, ids.view(z.shape[:2]), z.new_zeros(())
 
 def kl_to_uniform(p):
     """KL(p || uniform) in nats over the last axis: 0 for equal shares, ln K for a single code."""
@@ -341,24 +347,26 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 class Sampler:
-    """The WaveNet in O(layers) a sample: each layer's ring keeps what its last d inputs say d steps later.
-    The same steps run in numpy on a CPU, where torch would spend its time on overhead, and in torch on a GPU,
-    there recorded as a CUDA graph and replayed, since launching kernels would dominate: so all state, time
-    included, lives in tensors. The scalings are folded into the weights, as is the half in sigmoid(b) =
-    (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate."""
+    """The WaveNet in O(layers) a sample. Each layer's u = W_now h_t + W_past h_{t-d} + V_l c + b: one product
+    with h gives the first two (W, 4R columns), and the second waits d steps in a ring. One product with the
+    gate (V) gives skip and residual, added to state = [sum of the skips, h]. Scalings are in the weights: the
+    half in sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate; L^-1/2 of the
+    skips; s = 2^-1/2 of the residual, so that the state holds h / s^l. The same steps run in numpy on a CPU,
+    where torch spends its time on overhead, and in torch on a GPU, recorded as a CUDA graph, since launching
+    kernels would dominate: so all its state, time included, lives in tensors, and time has one element."""
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
         R, S, L, s = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5
         self.R, self.S, self.B, self.hop, self.xp = R, S, len(condition), hop, xp
         self.ours = ours = lambda x: xp.asarray(x.detach().contiguous())
         bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
-        half = bias.new_tensor([1.0] * R + [0.5] * R)
+        half = bias.new_tensor([1.0] * R + [0.5] * R)                        # of tanh(b / 2)
         now = (net.condition(condition).unflatten(-1, bias.shape) + bias) * half
         self.now, self.embed = ours(now.permute(1, 2, 0, 3)), ours(F.pad(net.embed.weight, (S, 0)))
         self.layers = []
         for l, (d, dilated, mix) in enumerate(zip(net.dilations, net.dilated, net.mix)):
             past, present = dilated.weight.T.split(R)
-            W = torch.cat([present * half, past * half], 1) * s ** l              # the state holds h / s^l
+            W = torch.cat([present * half, past * half], 1) * s ** l
             scale = bias.new_tensor([L ** -0.5] * S + [s ** -l] * R)
             V, v = (F.pad(x, (0, S + R - len(mix.bias))) * scale for x in (mix.weight.T / 2, mix.bias))
             self.layers.append([ours(x) for x in (now.new_zeros(d, self.B, 2 * R), W, V, v)])
@@ -369,7 +377,7 @@ class Sampler:
         """y (B,): the previous samples -> logits (B, 256) of the next."""
         R, S, t, xp = self.R, self.S, self.t, self.xp
         state, now = self.embed[y], self.now[t // self.hop].reshape(-1, self.B, 2 * R)
-        h = state[:, S:]                                                     # a view: state = [skip, h]
+        h = state[:, S:]                                           # a view: it moves on with the state
         for l, (ring, W, V, v) in enumerate(self.layers):
             u, slot = h @ W, t % len(ring)                                   # (B, 4R)
             gate = xp.tanh(u[:, :2 * R] + ring[slot].reshape(self.B, 2 * R) + now[l])
@@ -380,7 +388,7 @@ class Sampler:
         return (state[:, :S].clip(0) @ P + p).clip(0) @ Q + q
 
     def run(self, steps, temperature):
-        """-> (B, steps) int64. The largest of logits plus Gumbel noise is a sample from the softmax."""
+        """-> (B, steps) int64. argmax(logits + T * Gumbel noise) is a draw from softmax(logits / T)."""
         on = {"device": self.device}
         noise = self.ours(torch.zeros(256, self.B, 256, **on))               # of the next 256 steps
         y, out = (self.ours(torch.full(shape, 128, **on)) for shape in ((self.B,), (steps, self.B)))
@@ -421,10 +429,11 @@ def prepare(model, corpus, cfg):
     x = torch.stack([mfcc(get_batch(corpus, cfg, 0, draw=1 + i)["wave"], cfg) for i in range(n)])
     model.mean.copy_(x.mean((0, 1, 2)))
     model.std.copy_(x.std((0, 1, 2)) + 1e-5)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    # the norms get the plain mean over these batches, since evaluate scores the untrained model as a control
+    norms = [module for module in model.train().modules() if isinstance(module, nn.BatchNorm1d)]
     for norm in norms:
-        norm.momentum = None                                              # the plain mean over these batches:
-    z = [model.encoder((batch - model.mean) / model.std) for batch in x]    # the untrained model is a control
+        norm.momentum = None
+    z = [model.encoder((batch - model.mean) / model.std) for batch in x]
     for norm in norms:
         norm.momentum = 0.1
     if cfg.bottleneck == "vq":
@@ -435,9 +444,9 @@ def make_optimizers(model, cfg):
     return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """A step on L = -log p(x | z_q, speaker) + |sg[z] - e|^2 + beta |z - sg[e]|^2, Eq. (3), 1711.00937v2."""
+    """A step on Eq. (3), 1711.00937v2; its 2nd term is there with --codebook gradient, else update's (D4)."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
-    for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k of 1M steps
+    for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k steps, U7
         group["lr"] = cfg.lr * 0.5 ** sum(step >= share * cfg.steps for share in (0.4, 0.6, 0.8))
     _, z_q, ids, code_loss = model.encode(batch["wave"], tau=max(0.5, math.exp(-cfg.tau_rate * step)))
     nats = model(z_q, batch["speaker"], batch["wave"])
@@ -465,7 +474,8 @@ def represent(model, wave, cfg):
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
     """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the same codes,
-    that speaker. None reconstructs: as whom of them the decoder finds the middle of the source likeliest."""
+    that speaker. None reconstructs, with the training speaker under whom a crop from the middle of the source
+    is likeliest (a pass of the decoder for each of them)."""
     conditions, width = [], cfg.crop // (2 * cfg.hop)                       # codes in a crop
     model.eval()
     speakers = torch.arange(model.n_speakers, device=model.mean.device)
@@ -491,15 +501,16 @@ def sample(model, corpus, cfg, out):
     for u in corpus.held[:cfg.probe]:
         ids[u] = model.encode(corpus.wave(u)[None].to(cfg.device))[2][0]
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
-                                           for u, k in ids.items()))
+                                           for u, k in ids.items() if cfg.bottleneck != "none"))
     nats, known = collections.defaultdict(float), corpus.held[corpus.speaker[corpus.held] < model.n_speakers]
     for i in range(8 if len(known) else 0):
         chosen = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(known)
         batch = get_batch(corpus, cfg, i, draw=1000, utterances=known[chosen])
+        other = get_batch(corpus, cfg, i, draw=1000, utterances=known[(chosen + 1) % len(known)])
         z_q, who = model.encode(batch["wave"])[1], batch["speaker"]
         wrong = (who + 1 + i % max(1, model.n_speakers - 1)) % model.n_speakers
-        cases = {"true": (z_q, who), "shuffled": (z_q.roll(1, 0), who), "wrong_speaker": (z_q, wrong),
-                 "absent": (z_q.mean((0, 1)).expand_as(z_q), who)}
+        cases = {"true": (z_q, who), "shuffled": (model.encode(other["wave"])[1], who),
+                 "absent": (z_q.mean((0, 1)).expand_as(z_q), who), "wrong_speaker": (z_q, wrong)}
         for name, case in cases.items():
             nats[name] += model(*case, batch["wave"]).item() / 8
     every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
@@ -629,6 +640,8 @@ class Corpus:
         self.labels = Path(not is_test and cfg.phones or root / "phones.txt")
         if cfg.phones and not self.labels.exists() and not is_test:
             raise UserError(f"--phones {cfg.phones}: no such file")
+        if self.labels.exists() and len({p.stem for p in paths}) < len(paths):
+            raise UserError(f"{root}: two files share a name, by which {self.labels} finds them; rename one")
         total, count, parts = collections.Counter(who), collections.Counter(), ([], [])
         order = sorted(range(len(names)), key=lambda u: hashlib.md5(os.fsencode(names[u])).digest())
         for u in order:                                # the first tenth of a speaker's is held out, never all
@@ -901,14 +914,14 @@ def parse(argv):
     boolean = lambda text: ("false", "true").index(text.lower()) == 1
     notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
     for f in fields(Config):
-        optional = {"nargs": "?", "const": ""} if f.name == "data" else {}
+        optional = {"nargs": "?", "const": ""} if f.name == "data" else {}      # --data alone: the toy
         names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
         parser.add_argument(*names, dest=f.name, **optional,
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
-                            help=f"{notes[f.name]} [{f.default}]".replace("%", "%%"))
+                            help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": "speaker, or recordings of one", "output": "what to write"}.items():
+                       "target": TARGET or "not used here", "output": "what to write"}.items():
         parser.add_argument(f"--{name}", help=note)
     for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
                        "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
@@ -1007,7 +1020,7 @@ def train(given, flags):
         noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
         torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
-                            cache_enabled=False):                    # a step may change weights it uses again
+                            cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
         finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
         bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device

@@ -368,8 +368,9 @@ def bad(script, data, trained, tmp_path_factory):
     torch.save(saved | {"script": "another"}, root / "another.pt")
     torch.save({"model": saved["model"]}, root / "bare.pt")
     torch.save({k: saved[k] for k in ("script", "config", "model")}, root / "nobody.pt")
-    for path in (root / "single/ann/a.wav", root / "single/ben/b.wav"):
-        speak(path, np.random.default_rng(0), 100, 8000, 1, 1)
+    for path in ("single/ann/a.wav", "single/ben/b.wav", "twins/ann/1.wav", "twins/ben/1.wav"):
+        speak(root / path, np.random.default_rng(0), 100, 8000, 1, 1)
+    (root / "twins/phones.txt").write_text("1 a i u\n")
     torch.save(list(saved["speakers"]), root / "list.pt")
     noise = np.random.default_rng(0).standard_normal(16000) * 0.1
     for name, wave in {"zero": noise[:0], "nan": np.where(np.arange(16000) == 9, np.nan, noise),
@@ -398,6 +399,7 @@ BAD = {
     "fewer utterances than a batch": (TRAIN + "--batch-size 99", 1, "lower --batch-size"),
     "many unreadable": ("--data {bad}/many", 1, "2 of 14 files unreadable, the first is"),
     "one utterance a speaker": ("--data {bad}/single", 1, "none to test on"),
+    "two files of a label": ("--data {bad}/twins", 1, "twins/phones.txt finds them; rename one"),
     "test missing": (TRAIN + "--test {bad}/nowhere", 1, "nowhere: no such folder"),
     "phones missing": (TRAIN + "--phones {bad}/nowhere.txt", 1, "nowhere.txt"),
     "steps 0": (TRAIN + "--steps 0", 2, "--steps 0"),
