@@ -25,19 +25,15 @@ latent. Converting a voice is decoding the same codes with another speaker.
     N_i, m_i    bottleneck.N, .M       (K,), (K, D)
 
 Differs from the papers
-D1  Each convolution of the encoder, and its output before the projection to D, is batch-normalised, without
-    scale or shift (so a convolution's bias does nothing), on each GPU by its own batch. (With the last norm
-    alone the residual sums grew sixtyfold in a trial on the toy corpus, and nearly all variance lay in one or
-    two directions.)
+D1  The encoder's convolutions, and its output before the projection to D, are batch-normalised, on each GPU
+    by its own batch, without scale or shift (so the convolutions' biases do nothing). Without the norms the
+    residual sums grow until nearly all variance lies in few directions.
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
-D4  Codes by moving averages, which 1711.00937 describes (A.1) but did not use; --codebook gradient is the 2nd
-    term of L.
+D4  Codes by moving averages, in 1711.00937 a variant (A.1); --codebook gradient is the 2nd term of L.
 D5  No Polyak average of the weights for evaluation: one set of weights to read and to save.
-The papers do not say, or we could not check (we had not the text of 1901.08810: its values here are those
-that later work and implementations give)
-U1  MFCC: 80 Slaney bands of the magnitude, 25 ms, no pre-emphasis or liftering, differences over two frames
-    on either side, standardised by the training set.
+The papers do not say (of 1901.08810 we had later work and implementations, not the text)
+U1  MFCC: 80 Slaney bands of the magnitude, 25 ms, no pre-emphasis; differences over 5 frames; standardised.
 U2  Edges of a crop: silence before and after; the differences repeat the edge frame.
 U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
 U4  Kernel of the WaveNet: 2, and 1 for its first layer.
@@ -47,24 +43,21 @@ U7  How many steps the halvings of the learning rate belong to: a million; with 
 
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
 perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers; data_share, the
-part of the time spent in get_batch. In result.json: the same nats with another utterance's codes, with the
+part of the time spent in get_batch. result.json has the nats also with another utterance's codes, with the
 average code and with a wrong speaker, each of which should cost; perplexity over the held-out speech, K at
-most; bits a second. The claim that discretising drops the speaker is row `encoder` against row `codes`; its
-control is --bottleneck none.
+most; bits a second. That discretising drops the speaker is row `encoder` against `codes`.
 
     python vqvae.py                                  a toy corpus, two minutes on two CPU cores
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
     python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
 
-Measured on 2 threads of a CPU; the README holds the tables. Toy corpus, 850 steps, two minutes, seeds 0, 1,
-2: from `encoder` to `codes` speaker accuracy falls from 69 to 46, 71 to 53, 68 to 35 %, phone accuracy from
-89 to 76, 89 to 76, 91 to 78 %. (The standard error of a speaker accuracy is 4 points; runs that differ in
-rounding alone differed by up to 15.) The control, --bottleneck none, keeps 81 % of the speaker. Binary
-codes drop it too (74 to 30 %); one-hot codes do not (48 to 58 %), and their encoder learned little. Another
-utterance's codes cost 2.2 to 2.8 nats a sample, a wrong speaker 0.09 to 0.15. The samples of these short
-runs are too noisy to judge. Real digits, six speakers, 6000 steps: a wrong speaker costs 0.95 nats, 62 % of
-conversions are heard as the target, 4 % as the source; but the codes keep the speaker (96 to 94 %), whom
-level and noise of these recordings also tell. Not measured: the paper's size, and anything on a GPU.
+Measured on 2 CPU threads. Toy corpus, 850 steps, seeds 0, 1, 2: from `encoder` to `codes` speaker accuracy
+falls from 69 to 46, 71 to 53, 68 to 35 %, phone accuracy from 89 to 76, 89 to 76, 91 to 78 %. The control
+--bottleneck none keeps 81 % of the speaker; binary codes drop it (74 to 30 %), one-hot codes do not (48 to
+58 %), and their encoder learned little. Another utterance's codes cost 2.2 to 2.8 nats a sample, a wrong
+speaker 0.09 to 0.15; what is heard is too noisy to judge. Digits, six real speakers, 6000 steps: a wrong
+speaker costs 0.95 nats, 62 % of conversions are heard as the target, 4 % as the source, but codes keep the
+speaker (96 to 94 %), whom level and noise also tell. Not measured: the paper's size; anything on a GPU.
 """
 import argparse
 import collections
@@ -136,7 +129,7 @@ class Config:
     depth: int = 10              # WaveNet: layers in a cycle, dilations 1, 2, 4 .. 512, 1901.08810
     temperature: float = 1.0     # of sampling
 
-# The same model, narrower and at 8 kHz, for two CPU cores and two minutes. beta: U3.
+# The same model, narrower and at 8 kHz, for two CPU cores and two minutes; its beta was chosen by trial.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=850,
            lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
            channels=128, d_condition=32, residual=32, skip=64, cycles=1, depth=8)
@@ -185,9 +178,8 @@ class VectorQuantizer(nn.Module):
             loss = self.cfg.beta * F.mse_loss(z, e.detach())                 # commitment: e is not pulled
             if self.cfg.codebook == "gradient":
                 loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
-            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples of a crop; ours is
-            # their mean, so this too is divided by their number. (Most code: the mean over D, crop / D = 80
-            # times as strong.) TOY's smaller beta lets the encoder keep the speaker, for the codes to drop.
+            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples of a crop. Ours is
+            # their mean, so this is divided by their number too; often seen, a mean over D, is 80 times that.
             loss = loss * self.cfg.d_code / self.cfg.crop
             if self.training:
                 self.update(z.detach().flatten(0, 1), ids.flatten())    # the decoder sees the old e
@@ -348,15 +340,14 @@ class Model(nn.Module):
 class Sampler:
     """The WaveNet in O(layers) a sample. Each layer's u = W_now h_t + W_past h_{t-d} + V_l c + b: one product
     with h gives the first two (W, 4R columns), and the second waits d steps in a ring. One product with the
-    gate (V) gives skip and residual, added to state = [sum of the skips, h]. Scalings are in the weights: the
-    half in sigmoid(b) = (1 + tanh(b / 2)) / 2, so that one tanh serves both halves of a gate; L^-1/2 of the
-    skips; s = 2^-1/2 of the residual, so that the state holds h / s^l. The same steps run in numpy on a CPU,
-    where torch spends its time on overhead, and in torch on a GPU, recorded as a CUDA graph, since launching
-    kernels would dominate: so all its state, time included, lives in tensors, and time has one element."""
+    gate (V) gives skip and residual, added to state = [sum of the skips, h]. Scalings are in the weights: 1/2
+    of sigmoid(b) = (1 + tanh(b / 2)) / 2, as one tanh serves both halves of a gate; the skips' L^-1/2; the
+    residual's s = 2^-1/2, as state holds h / s^l. In numpy on a CPU, where torch spends its time on overhead;
+    in torch on a GPU, where a CUDA graph saves launching kernels: so all state, even t, is in tensors."""
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
-        R, S, L, s = net.cfg.residual, net.cfg.skip, len(net.dilations), 0.5 ** 0.5
-        self.R, self.S, self.B, self.hop, self.xp = R, S, len(condition), hop, xp
+        self.R, self.S, self.B, self.hop, self.xp = net.cfg.residual, net.cfg.skip, len(condition), hop, xp
+        R, S, L, s = self.R, self.S, len(net.dilations), 0.5 ** 0.5
         self.ours = ours = lambda x: xp.asarray(x.detach().contiguous())
         bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
         half = bias.new_tensor([1.0] * R + [0.5] * R)                        # of tanh(b / 2)
@@ -443,7 +434,7 @@ def make_optimizers(model, cfg):
     return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """A step on Eq. (3), 1711.00937v2; its 2nd term is there with --codebook gradient, else update's (D4)."""
+    """A step on L of Eq. (3), 1711.00937v2, whose 2nd term is there with --codebook gradient only, D4."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
     for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k steps, U7
         group["lr"] = cfg.lr * 0.5 ** sum(step >= share * cfg.steps for share in (0.4, 0.6, 0.8))
@@ -476,7 +467,6 @@ def convert(model, sources, targets, cfg):
     that speaker. None reconstructs, with the training speaker under whom a crop from the middle of the source
     is likeliest (a pass of the decoder for each of them)."""
     conditions, width = [], cfg.crop // (2 * cfg.hop)                       # codes in a crop
-    model.eval()
     speakers = torch.arange(model.n_speakers, device=model.mean.device)
     for wave, target in zip(sources, targets):
         z_q = model.encode(wave[None])[1]
@@ -908,14 +898,12 @@ def parse(argv):
     mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
     parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
                                      description=__doc__.split("\n")[0], allow_abbrev=False)
-
     parser.error = lambda message: parser.exit(2, f"error: {message}; see python {NAME}.py --help\n")
     boolean = lambda text: ("false", "true").index(text.lower()) == 1
     notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
     for f in fields(Config):
-        optional = {"nargs": "?", "const": ""} if f.name == "data" else {}      # --data alone: the toy
         names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
-        parser.add_argument(*names, dest=f.name, **optional,
+        parser.add_argument(*names, dest=f.name, nargs="?" if f.name == "data" else None,   # alone: the toy
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))

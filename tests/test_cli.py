@@ -172,8 +172,20 @@ def test_convert(script, m, data, trained, tmp_path):
         wave, rate = sf.read(path)
         assert rate == cfg["sample_rate"] and wave.ndim == 1 and np.isfinite(wave).all() and wave.std() > 0
         assert abs(len(wave) - sf.info(source).duration * rate) <= cfg["hop"]
-    if m.TARGET is None:
+    if not m.TARGET:
         assert main(m, *argv, tmp_path / "c.wav", "--target", "ben") == 1
+
+
+@pytest.mark.parametrize("target", ["ben/ben_0.flac", "ben"])
+def test_convert_to_one_recording_or_several(m, data, trained, tmp_path, monkeypatch, target):
+    """Where targets are recordings, a folder stands for all that is in it, one after another."""
+    seen, source, cfg = [], next(data.glob("ann/ann_3.*")), m.load(trained.run, device="cpu")[1]
+    monkeypatch.setattr(m, "TARGET", "recording")
+    monkeypatch.setattr(m, "convert", lambda model, waves, targets, cfg: seen.extend(targets) or waves)
+    assert main(m, "convert", "--checkpoint", trained.run, "--source", source, "--target", data / target,
+                "--output", tmp_path / "a.wav") == 0
+    paths = sorted((data / target).iterdir()) if target == "ben" else [data / target]
+    assert torch.equal(seen[0].cpu(), torch.cat([m.read_audio(path, cfg.sample_rate) for path in paths]))
 
 
 def test_output_may_be_replaced_on_request(m, data, trained, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ CONTRACT = {"Config", "TOY", "TARGET", "Model", "prepare", "make_optimizers", "t
 COMMON = ("data test out speaker phones sample_rate n_fft win hop n_mels crop batch_size steps lr seed device bf16 "
           "probe log_every save_every").split()
 ORDER = ["Config", "Encoder", "Model", "prepare", "make_optimizers", "train_step", "represent", "convert", "sample"]
-METHOD_LINES, SHARED_LINES, COLUMNS = 525, 617, 110
+METHOD_LINES, SHARED_LINES, COLUMNS = 515, 615, 110
 BLOCK = re.compile(r"# =+ shared: (\w+) =+\n.*?# =+ end shared: \1 =+\n", re.S)
 IMPORTS = re.compile(r"^import argparse\n.*?^import torch\.nn\.functional as F\n", re.S | re.M)
 
