@@ -26,8 +26,8 @@ latent. Converting a voice is decoding the same codes with another speaker.
 
 Differs from the papers
 D1  The encoder's convolutions, and its output before the projection to D, are batch-normalised, on each GPU
-    by its own batch, without scale or shift (so the convolutions' biases do nothing). Without the norms the
-    residual sums grow until nearly all variance lies in few directions.
+    by its own batch, without scale or shift (so the convolutions' biases do nothing). With the last only,
+    the residual sums grew from 0.4 to 114 (standard deviation) in the toy run; with all, from 1.6 to 2.8.
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
 D4  Codes by moving averages, in 1711.00937 a variant (A.1); --codebook gradient is the 2nd term of L.
