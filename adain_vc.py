@@ -207,8 +207,8 @@ def decibels(wave, cfg):
 # ==================== the objective ====================
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every mel band over at most 5000 utterances. D6: of 1 dB at
-    least, or a band that is silent in training would blow up what is not quite silent later."""
+    """Before the first step: mean and deviation of every mel band, over at most 5000 utterances. D6: at least
+    1 dB, or a band that is silent in training would blow up what is not quite silent later."""
     n, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
         x = decibels(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()   # (T, F)
