@@ -4,8 +4,9 @@
     python tests/bench.py [SCRIPT ..] [--threads 1] [--batch-size 1]      on the CPU, and on CUDA where there is one
 
 A row: milliseconds a training step, seconds of audio trained on per second, share of the step spent in get_batch, peak
-memory (of the GPU, or of the process), and samples of waveform made per second by convert, for one stream. The paper's
-configuration takes minutes a step on a CPU: there it runs one step at --batch-size 1, stated in the row.
+memory (of the GPU, or of the process), and samples of waveform made per second by convert, for one stream. "bare": forward
+and backward of the networks alone, on random features, where they were ready-made; the rest of the step is features, loss,
+clipping and optimizer. The paper's configuration is slow on a CPU: there it runs three steps at --batch-size, stated in the row.
 """
 import argparse
 import contextlib
@@ -19,6 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
+
+
+def bare_adain_vc(model, cfg, x):
+    mu, log_var = model.content(x)
+    (model(mu + (log_var / 2).exp(), model.speaker(x), x.shape[1]) - x).abs().mean().backward()
+
+
+BARE = {"adain_vc": bare_adain_vc}
 
 
 def bench(name, config, device, batch_size):
@@ -35,7 +44,7 @@ def bench(name, config, device, batch_size):
     torch.manual_seed(0)
     model = script.Model(cfg, corpus.known).to(cfg.device)
     script.prepare(model, corpus, cfg)
-    optimizers, warm, steps = script.make_optimizers(model, cfg), *((3, 20) if not paper or device == "cuda" else (0, 1))
+    optimizers, warm, steps = script.make_optimizers(model, cfg), *((3, 20) if not paper or device == "cuda" else (1, 3))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def run(first, number):
@@ -47,9 +56,20 @@ def bench(name, config, device, batch_size):
     corpus.seconds, began = 0.0, time.perf_counter()
     run(warm, steps)
     step_seconds, share = (time.perf_counter() - began) / steps, corpus.seconds / (time.perf_counter() - began)
+    bare = ""
+    if name in BARE:
+        x = torch.randn(cfg.batch_size, cfg.crop // cfg.hop, cfg.n_mels, device=cfg.device)
+        for timed in (False, True):
+            began = time.perf_counter()
+            for _ in range(steps if timed else 2):
+                with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and device == "cuda"):
+                    BARE[name](model.train(), cfg, x)
+                model.zero_grad()
+            wait()
+        bare = f"  bare {(time.perf_counter() - began) / steps * 1000:9.1f} ms"
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = (f"{name:15} {config:6} {device:5} batch {cfg.batch_size:3}  {step_seconds * 1000:9.1f} ms/step  "
+    row = (f"{name:15} {config:6} {device:5} batch {cfg.batch_size:3}  {step_seconds * 1000:9.1f} ms/step{bare}  "
            f"{cfg.batch_size * cfg.crop / cfg.sample_rate / step_seconds:8.1f} x real time  data {share:6.2%}  "
            f"{peak / 2 ** 30:5.2f} GiB")
     if script.TARGET:

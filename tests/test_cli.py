@@ -26,7 +26,8 @@ SCRIPTS = [name for name in ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cp
 COMMON = "--toy --device cpu --batch-size 2 --crop 1920 --probe 8 --steps 4 --save-every 2 --log-every 2"
 SMALL = {                           # flags that make the model tiny; the first one changes its shape
     "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4",
-    "fhvae": "", "adversarial_vc": "", "adain_vc": "", "cpc": "", "dim": ""}
+    "adain_vc": "--channels 8 --d-content 4 --d-speaker 8 --bank 2 --bank-channels 4 --blocks 2 --dense 1",
+    "fhvae": "", "adversarial_vc": "", "cpc": "", "dim": ""}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SPEAKERS = ("ann", "ben", "don")
 
@@ -194,7 +195,7 @@ def test_output_may_be_replaced_on_request(m, data, trained, tmp_path, monkeypat
     source, output = next(data.glob("ann/ann_0.*")), tmp_path / "a.wav"
     assert main(m, "convert", "--checkpoint", trained.run / "model.pt", "--source", source,
                 "--output", output, "--overwrite") == 0
-    assert sf.info(tmp_path / "a.wav").frames == 4000
+    assert sf.info(tmp_path / "a.wav").duration == 0.5
 
 
 def test_encode_a_file_and_a_folder(m, data, trained, tmp_path):
