@@ -71,7 +71,7 @@ class Config:
     weight_decay: float = 1e-4   # of Adam: L2, added to the gradient
     clip: float = 5.0            # largest norm of the gradient of all parameters
 
-# The same model, narrower and at 16 kHz, for two CPU cores and two minutes; its KL weight was chosen by trial.
+# The same model, narrower, at 16 kHz, for two CPU cores and two minutes; its KL weight was chosen by trial.
 TOY = dict(sample_rate=16000, n_fft=512, win=400, hop=200, n_mels=64, crop=12800, batch_size=16, steps=1500,
            lr=2e-3, save_every=500, channels=64, d_content=16, bank=4, bank_channels=16, blocks=4, dense=2,
            kl=0.1, kl_steps=375)
