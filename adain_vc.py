@@ -104,13 +104,13 @@ class Config:
     log_every: int = 100         # steps between log lines
     save_every: int = 5000       # steps between checkpoints
 
-    instance_norm: bool = True   # of the content encoder; false: the control of the paper's claim
-    channels: int = 128          # of every convolution but the bank's, and of the speaker encoder's layers
+    instance_norm: bool = True   # in the content encoder; false: the control of the paper's claim
+    channels: int = 128          # of the blocks, and of the speaker encoder's dense layers
     d_content: int = 128         # D, channels of the latent
     d_speaker: int = 128         # E, size of the speaker embedding
     bank: int = 8                # kernels 1, 2 .. of the convolutions side by side at the bottom
-    bank_channels: int = 128     # of each of them
-    blocks: int = 6              # of each encoder and of the decoder; every second one halves or doubles T
+    bank_channels: int = 128     # channels of each of the bank's kernels
+    blocks: int = 6              # blocks in each encoder and in the decoder; every second halves or doubles T
     dense: int = 6               # residual blocks of the speaker encoder after the average over time
     l1: float = 10.0             # weight of the reconstruction
     kl: float = 1.0              # weight of the KL term
@@ -132,27 +132,28 @@ class Conv(nn.Conv1d):
         return super().forward(F.pad(x, (k // 2, (k - 1) // 2), mode="reflect"))
 
 class Encoder(nn.Module):
-    """What both encoders have, x (B, T, F) -> h (B, C, T'), T' = ceil(T / 8): a bank of convolutions of many
-    widths, then residual blocks. With `norm`, InstanceNorm takes mean and deviation over time from every
-    channel, and with them what does not change in an utterance: the speaker."""
+    """What both encoders have, x (B, T, F) -> h (B, C, T'): a bank of convolutions of many widths, then
+    residual blocks. With `norm`, InstanceNorm takes mean and deviation over time from every channel, and with
+    them much of what does not change in an utterance: the speaker."""
     def __init__(self, cfg, norm):
         super().__init__()
-        c, maybe = cfg.channels, nn.InstanceNorm1d if norm else nn.Identity
-        self.least = 2 * 2 ** (cfg.blocks // 2) + 1                          # frames: 3 of them reach the end
+        c, Norm = cfg.channels, nn.InstanceNorm1d if norm else nn.Identity
+        # of this many frames 3 are left at the lowest rate, as few as can be mirrored by 2
+        self.min_frames = max(2 ** (cfg.blocks // 2 + 1), cfg.bank // 2) + 1
         self.bank = nn.ModuleList(Conv(cfg.n_mels, cfg.bank_channels, k + 1) for k in range(cfg.bank))
         self.mix = nn.Sequential(
-            nn.Conv1d(cfg.bank * cfg.bank_channels + cfg.n_mels, c, 1), maybe(c), nn.ReLU())
+            nn.Conv1d(cfg.bank * cfg.bank_channels + cfg.n_mels, c, 1), Norm(c), nn.ReLU())
         self.blocks = nn.ModuleList(nn.Sequential(                           # D1: ReLU last; D3: no dropout
-            Conv(c, c, 5), maybe(c), nn.ReLU(),
-            Conv(c, c, 5, stride=1 + i % 2), maybe(c), nn.ReLU()) for i in range(cfg.blocks))
+            Conv(c, c, 5), Norm(c), nn.ReLU(),
+            Conv(c, c, 5, stride=1 + i % 2), Norm(c), nn.ReLU()) for i in range(cfg.blocks))
 
     def trunk(self, x):
         T = x.shape[1]
-        if T < self.least:                                                   # D4: repeated
-            x = x[:, torch.arange(self.least, device=x.device) % T]
+        if T < self.min_frames:                                              # D4: x again and again
+            x = x[:, torch.arange(self.min_frames, device=x.device) % T]
         x = x.mT.contiguous()                                                # (B, F, T)
         h = self.mix(torch.cat([*(conv(x).relu() for conv in self.bank), x], 1))
-        for i, block in enumerate(self.blocks):                              # every second one halves T
+        for i, block in enumerate(self.blocks):
             h = block(h) + (F.avg_pool1d(h, 2, ceil_mode=True) if i % 2 else h)
         return h
 
@@ -167,8 +168,8 @@ class ContentEncoder(Encoder):
         return self.mu(h).mT, self.log_var(h).mT
 
 class SpeakerEncoder(Encoder):
-    """x (B, T, F) -> e (B, E). No norm: it would remove what is wanted. The average over time leaves what
-    does not change; no label and no loss but the reconstruction says what e should be."""
+    """x (B, T, F) -> e (B, E). No norm: it would remove what is wanted. The average over time drops the
+    order of things; no label and no loss but the reconstruction says what e should be."""
     def __init__(self, cfg):
         super().__init__(cfg, norm=False)
         c = cfg.channels
@@ -178,13 +179,13 @@ class SpeakerEncoder(Encoder):
 
     def forward(self, x):
         h = self.trunk(x).mean(-1)                                           # (B, C)
-        for dense in self.dense:
-            h = h + dense(h)
+        for block in self.dense:
+            h = h + block(h)
         return self.project(h)
 
 class AdaIN(nn.Module):
     """h (B, C, T), e (B, E) -> IN(h) * scale(e) + shift(e): over time, channel c gets the mean shift_c and
-    the deviation |scale_c|, whatever it had. (For images, both are statistics of a second one's features.)"""
+    the deviation |scale_c|, whatever it had. (In AdaIN for images they are statistics of another image.)"""
     def __init__(self, cfg):
         super().__init__()
         self.affine = nn.Linear(cfg.d_speaker, 2 * cfg.channels)
@@ -197,7 +198,7 @@ class DecoderBlock(nn.Module):
     """h (B, C, T), e (B, E) -> (B, C, up T): conv, AdaIN, ReLU, twice, and a residual."""
     def __init__(self, cfg, up):
         super().__init__()
-        c, self.up = cfg.channels, up
+        self.up, c = up, cfg.channels
         self.first, self.adain_1 = Conv(c, c, 5), AdaIN(cfg)
         self.second, self.adain_2 = Conv(c, c * up, 5), AdaIN(cfg)
 
@@ -207,13 +208,13 @@ class DecoderBlock(nn.Module):
         return self.adain_2(y, e).relu() + h.repeat_interleave(self.up, 2)
 
 class Decoder(nn.Module):
-    """z (B, T', D), e (B, E) -> x^ (B, 8 T', F). An InstanceNorm comes first: a constant added to z, and what
-    of the speaker hides in it, is not seen. What it knows of the voice, e tells it in every block."""
+    """z (B, T', D), e (B, E) -> x^ (B, 8 T', F). By the first InstanceNorm a constant added to z, and what of
+    the speaker hides in it, is not seen. Of the voice it is told by e, in every block."""
     def __init__(self, cfg):
         super().__init__()
         c = cfg.channels
         self.enter = nn.Sequential(nn.Conv1d(cfg.d_content, c, 1), nn.InstanceNorm1d(c), nn.ReLU())
-        self.blocks = nn.ModuleList(DecoderBlock(cfg, up=2 - i % 2) for i in range(cfg.blocks))
+        self.blocks = nn.ModuleList(DecoderBlock(cfg, up=1 + i % 2) for i in reversed(range(cfg.blocks)))
         self.leave = nn.Conv1d(c, cfg.n_mels, 1)
 
     def forward(self, z, e):
@@ -223,7 +224,7 @@ class Decoder(nn.Module):
         return self.leave(h).mT
 
 class Model(nn.Module):
-    """Three networks, and mean and deviation of each mel band. Who speaks it is never told: no n_speakers."""
+    """Three networks, and mean and deviation of each mel band. The number of speakers is of no use here."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
         self.cfg = cfg
@@ -235,15 +236,15 @@ class Model(nn.Module):
         """(B, N) -> x (B, T, F), T = 1 + N // hop, standardised."""
         return (decibels(wave, self.cfg) - self.mean) / self.std
 
-    def forward(self, z, e, frames):
+    def decode(self, z, e, frames):
         """z (B, T', D), e (B, E) -> x^ (B, frames, F). D4: what is more than the source has is cut off."""
         return self.decoder(z, e)[:, :frames]
 
     def vocode(self, x):
-        """(B, T, F) -> (B, hop (T - 1)): undoes `features`, with the phases that Griffin-Lim finds (D5)."""
+        """(B, T, F) -> (B, hop (T - 1)): undoes `features`, with phases by Griffin-Lim (D5)."""
         mel = 10 ** (5 * (x * self.std + self.mean).clamp(0, 1) - 4)         # 100 dB x - 80 dB
-        turn = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
-        emphasis = (1 - torch.polar(torch.full_like(turn, 0.97), -turn)).abs()              # (n_fft / 2 + 1,)
+        angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
+        emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
         return griffin_lim(mel_to_magnitude(mel, self.cfg) / emphasis, self.cfg)
 
 def decibels(wave, cfg):
@@ -264,7 +265,7 @@ def prepare(model, corpus, cfg):
     model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())
 
 def make_optimizers(model, cfg):
-    """One optimizer, because nothing here plays against anything."""
+    """One for the three networks."""
     return {"autoencoder": torch.optim.Adam(model.parameters(), cfg.lr, amsgrad=True, fused=True,
                                             weight_decay=cfg.weight_decay)}
 
@@ -273,12 +274,16 @@ def kl_to_normal(mu, log_var):
     return 0.5 * (log_var.exp() + mu.square() - 1 - log_var)
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """One step on L. The same segment goes into both encoders: no pairs, no labels, no adversary."""
+    """One step on L. The same segment goes into both encoders."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
     x = model.features(batch["wave"])[:, :cfg.crop // cfg.hop]               # (B, T, F)
+    # D4: in silence deviations are 0, each InstanceNorm multiplies the gradient by 1e-5 ** -0.5, and clipping
+    # leaves nothing of the rest of the batch. So another segment takes the place of a silent one.
+    heard = x.std(1).mean(1) > 0.1                                           # (B,)
+    x = x[torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())]
     mu, log_var = (h.float() for h in model.content(x))                      # (B, T', D)
     z = mu + (log_var / 2).exp() * torch.randn_like(mu)
-    l1 = F.l1_loss(model(z, model.speaker(x), x.shape[1]).float(), x)        # U1: means over all elements
+    l1 = F.l1_loss(model.decode(z, model.speaker(x), x.shape[1]).float(), x)     # U1: means over all elements
     kl = kl_to_normal(mu, log_var).mean()
     loss = cfg.l1 * l1 + cfg.kl * min(1, (step + 1) / cfg.kl_steps) * kl     # D2
     optimizer.zero_grad()
@@ -290,7 +295,7 @@ def train_step(model, optimizers, corpus, step, cfg):
 # ==================== what it is good for ====================
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> content (T', D): the mean of q(z | x), 10 a second; speaker (E,): the embedding e."""
+    """(N,) -> content (T', D): the mean of q(z | x); speaker (E,): the embedding e."""
     x = model.features(wave[None])
     return {"content": model.content(x)[0][0], "speaker": model.speaker(x)[0]}
 
@@ -301,32 +306,36 @@ def convert(model, sources, targets, cfg):
     reconstructs: the source is its own target."""
     waves = []
     for wave, target in zip(sources, targets):
-        x = model.features(F.pad(wave, (0, cfg.hop))[None])                  # a frame more, for N samples
+        x = model.features(wave[None])
         e = model.speaker(x if target is None else model.features(target[None]))
-        waves.append(model.vocode(model(model.content(x)[0], e, x.shape[1]))[0, :len(wave)])
+        y = model.decode(model.content(x)[0], e, x.shape[1]).mT
+        y = F.pad(y, (0, 1), mode="replicate").mT                            # a frame more, for N samples
+        waves.append(model.vocode(y)[0, :len(wave)])
     return waves
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
     """Writes a grid of one-shot conversions, grid_SOURCE_as_TARGET.wav, between at most four speakers of the
     test set, which with --test were never heard in training. Returns, over test utterances: the L1 with the
-    utterance's own embedding, with that of another recording of its speaker, and with another speaker's; the
-    KL in nats per element, and how many of the D channels have more than 0.01 of it."""
-    pool, us, l1, kl = corpus.test, corpus.test.held[:cfg.probe], collections.defaultdict(float), 0
-    voices = [us[pool.speaker[us] == s] for s in dict.fromkeys(pool.speaker[us])][:4]
-    for source, target in itertools.product(voices, repeat=2):
-        pair = [pool.wave(u).to(cfg.device) for u in (source[0], target[-1])]
-        name = f"grid_{pool.paths[source[0]].stem}_as_{pool.paths[target[-1]].stem}.wav"
-        write_audio(out / name, convert(model, pair[:1], pair[1:], cfg)[0], cfg.sample_rate)
+    utterance's own embedding, with that of another recording of its speaker, and with another speaker's, as
+    far as there are any; the KL in nats per element; how many of the D channels have more than 0.01 of it."""
+    pool, us, l1, kl = corpus.test, corpus.test.held, collections.defaultdict(list), []
+    voices = {pool.speakers[s]: us[pool.speaker[us] == s] for s in dict.fromkeys(pool.speaker[us])}
+    for a, b in itertools.product([*voices][:4], repeat=2):
+        source, target = (pool.wave(u).to(cfg.device) for u in (voices[a][0], voices[b][-1]))
+        write_audio(out / f"grid_{a}_as_{b}.wav", convert(model, [source], [target], cfg)[0], cfg.sample_rate)
     features = lambda u: model.features(pool.wave(u)[None].to(cfg.device))
-    for u in us:
+    for u in us[:cfg.probe]:
         x, same = features(u), pool.speaker[us] == pool.speaker[u]
         mu, log_var = model.content(x)
-        kl = kl + kl_to_normal(mu, log_var).mean((0, 1)) / len(us)           # (D,)
+        kl.append(kl_to_normal(mu, log_var).mean((0, 1)))                    # (D,)
         for name, vs in ("own", [u]), ("same_speaker", us[same & (us != u)]), ("another_speaker", us[~same]):
-            y = model(mu, model.speaker(features(vs[u % len(vs)] if len(vs) else u)), x.shape[1])
-            l1[name] += F.l1_loss(y, x).item() / len(us)
-    return {"l1": l1, "kl": kl.mean().item(), "active": int((kl > 0.01).sum())}
+            if len(vs):                                                      # u picks one, always the same
+                y = model.decode(mu, model.speaker(features(vs[u % len(vs)])), x.shape[1])
+                l1[name].append(F.l1_loss(y, x).item())
+    kl = torch.stack(kl).mean(0)
+    return {"l1": {name: sum(values) / len(values) for name, values in l1.items()},
+            "kl": kl.mean().item(), "active": int((kl > 0.01).sum())}
 
 # ==================== shared: audio ====================
 class UserError(Exception):

@@ -24,7 +24,7 @@ NAMES = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
 
 def bare_adain_vc(model, cfg, x):
     mu, log_var = model.content(x)
-    (model(mu + (log_var / 2).exp(), model.speaker(x), x.shape[1]) - x).abs().mean().backward()
+    (model.decode(mu + (log_var / 2).exp(), model.speaker(x), x.shape[1]) - x).abs().mean().backward()
 
 
 BARE = {"adain_vc": bare_adain_vc}
