@@ -4,51 +4,54 @@
 Chou, Yeh, Lee, "One-shot Voice Conversion by Separating Speaker and Content Representations with Instance
 Normalization", Interspeech 2019, arXiv:1904.05742.
 
-The idea. What stays the same throughout an utterance is the speaker, what changes is what is said. Instance
-normalisation (IN) takes its mean and deviation over time from every channel, and in the content encoder takes
-away with them what stays the same. The speaker encoder has no IN and ends in an average over time, which
-leaves little else. The decoder normalises too, and is given the speaker back as the mean and scale of its
-channels (AdaIN). All three learn as one variational auto-encoder, from single segments without any label;
-so neither voice of a conversion needs to be known, and one recording of the target will do.
+The idea. What stays the same throughout an utterance is mostly the speaker, what changes is what is said.
+Instance normalisation (IN) subtracts from each channel its mean over time and divides by its deviation: in
+the content encoder this removes much of what stays the same. The speaker encoder has no IN and averages over
+time, which removes what changes. The decoder normalises too, and is given the speaker as the new mean and
+deviation of its channels (AdaIN). All three learn as one variational auto-encoder, from single segments,
+without labels; so neither voice of a conversion needs to be known, and one recording of the target will do.
 
-    wave (B, N) -> mel spectrum in dB, standardised: x (B, T, F)
-    x -> content encoder, with IN          -> q(z | x) = N(mu, sigma^2), z (B, T', D), T' = T / 8
-    x -> speaker encoder, average over T   -> e (B, E)
-    z -> IN -> 12 times: conv, IN(h) * scale(e) + shift(e), ReLU -> x^ (B, T, F) -> Griffin-Lim -> wave
+    wave (B, N) -> mel spectrum in dB, each band standardised: x (B, T, F)
+    x -> content encoder, with IN -> mu, log sigma^2 (B, T', D); z = mu + sigma * noise; T' = T / 8 (TOY: / 4)
+    x -> speaker encoder, average over T -> e (B, E)
+    z -> conv, IN, ReLU -> 6 blocks (TOY: 4), each two times: conv, AdaIN, ReLU -> conv -> x^ (B, T, F)
+    AdaIN(h, e) = IN(h) * scale(e) + shift(e)        IN(h) = (h - mean over T) / sqrt(variance over T + 1e-5)
 
-    IN(h)[c, t] = (h[c, t] - mean of h[c]) / sqrt(variance of h[c] + 1e-5), both over the time of an utterance
-    L = 10 |x - x^| + w KL(N(mu, sigma^2) || N(0, 1)),  w = min(1, (step + 1) / 20,000)
+    L = l1 |x - x^| + kl min(1, (step + 1) / kl_steps) KL(N(mu, sigma^2) || N(0, 1)), means over all elements
 
-    symbol    here                     shape            symbol         here            shape or value
-    E_c(x)    model.content: mu        (B, T', D)       gamma, beta    scale, shift    (B, C, 1)
-    E_s(x)    model.speaker: e         (B, E)           lambda_rec     cfg.l1          10
-    D(z, e)   model.decoder: x^        (B, T, F)        lambda_kl      cfg.kl          1
+    symbol   here                 shape         symbol        here             shape or value
+    E_c(x)   model.content: mu    (B, T', D)    gamma, beta   scale, shift     (B, C, 1), of AdaIN
+    E_s(x)   model.speaker: e     (B, E)        lambda_rec    cfg.l1           10
+    D(z, e)  model.decoder: x^    (B, T, F)     lambda_kl     cfg.kl           1 (TOY: 0.1)
+    B batch, T frames, F mel bands, C channels in the blocks, D and E sizes of z and e
 
 Differs from the paper. Of the paper we had what the authors say of it beside their published code, not the
 text: sizes, weights and schedule here are those of that code in its last state.
 D1  IN comes before the ReLU. In the paper: after it.
-D2  The posterior's variance is learned, and its KL weighs 1 after 20,000 steps. In the paper the variance is
-    1, so that the KL is the mean square of mu, halved; the authors' earlier code weighs that square by 0.01.
-D3  No dropout. In the paper the encoders have it (0.5 in the authors' earlier code).
-D4  Any length goes in and the same comes out: a short x is repeated, a long x^ is cut, silence stays. The
-    authors trim silence, need 17 frames, and return a multiple of 8.
-D5  Griffin-Lim with momentum, on the pseudo-inverse of the mel filters; pre-emphasis is undone in the
-    spectrum. The authors: 100 plain rounds, on a scaled transpose of the filters, and a recursive filter.
-D6  Mean and deviation of a mel band are those of utterances of all speakers, the deviation 1 dB at least;
-    segments are drawn anew in every step. The authors: of the first 5000 files by name, which are a dozen
-    speakers; ten million segments drawn at first, from utterances longer than a segment.
-The paper does not say
+D2  The posterior's variance is learned, and its KL rises to weight 1 in 20,000 steps. In the paper the
+    variance is 1, so the KL is half the mean square of mu; the authors' earlier code: 0.01 times that square.
+D3  No dropout; AdaIN's scale and shift are linear in e; kernels of 5. The authors' earlier code has dropout
+    of 0.5 in the encoders, an MLP on e, kernels of 3 in the speaker encoder and more layers in the decoder.
+D4  Any length goes in and the same comes out: a short x is repeated, a long x^ cut. Silence stays, but not a
+    silent training segment. The authors trim silence, need 17 frames (9 of the target), return 8 T' frames.
+D5  Griffin-Lim with momentum from a random phase, on the pseudo-inverse of the mel filters, de-emphasis in
+    the spectrum. The authors: 100 plain rounds from phase 0, a scaled transpose, a recursive filter.
+D6  Mean and deviation of a mel band are of utterances of all speakers, the deviation at least 1 dB; segments
+    are cut from the waveform, anew in every step. The authors: of the first 5000 files by name, which in VCTK
+    are a dozen speakers; cut from the spectrogram (so that edges see what is beyond), 10 million, once.
+Not known to us from the paper
 U1  Over what L averages: here, as in the authors' code, both terms are means over all elements.
 U2  What several recordings of the target give: here they are joined, so that the average over time is of all.
 
-The log shows l1, in deviations of a mel band: 0.8 for a model that knows only the mean, 0.2 to 0.3 reported
-by users of the authors' code; kl in nats per element of z. result.json has l1 over whole test utterances with
-their own embedding, with that of ANOTHER recording of the same speaker, and with another speaker's: were e
-the speaker alone, the first two would be equal. active: how many of the D channels carry more than 0.01 nats.
-The paper's claim is row `content` of a run beside that of the same run with --instance-norm false.
+The log shows l1 in deviations of a mel band, of z on segments: 0.8 for a model that knows only the means,
+0.21 to 0.33 reported by users of the authors' code; and kl in nats per element of z. In result.json
+metrics.l1 is of mu on whole test utterances, decoded with their own embedding, with that of ANOTHER
+recording of the speaker, and with another speaker's: if e held only the speaker, the first two would be
+equal. metrics.active: channels of z with more than 0.01 nats. The paper's claim: from `content` the speaker
+is read worse than in a run with --instance-norm false.
 
     python adain_vc.py                                  a toy corpus, two minutes on two CPU cores
-    python adain_vc.py --data DIR --test DIR2           any folder of audio, the paper's size, for a GPU
+    python adain_vc.py --data DIR --test DIR2           any folder of audio, the authors' size, for a GPU
     python adain_vc.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
 
 MEASURED
@@ -119,7 +122,7 @@ class Config:
     clip: float = 5.0            # largest norm of the gradient of all parameters
 
 # The same model, narrower, at 16 kHz, for two CPU cores and two minutes; its KL weight was chosen by trial.
-TOY = dict(sample_rate=16000, n_fft=512, win=400, hop=200, n_mels=64, crop=12800, batch_size=16, steps=1500,
+TOY = dict(sample_rate=16000, n_fft=512, win=400, hop=200, n_mels=64, crop=12800, batch_size=16, steps=2200,
            lr=2e-3, save_every=500, channels=64, d_content=16, bank=4, bank_channels=16, blocks=4, dense=2,
            kl=0.1, kl_steps=375)
 TARGET = "recording"             # what convert takes: any recording of the target speaker
