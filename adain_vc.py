@@ -67,8 +67,8 @@ Real speech, TOY's size, 4000 steps, five minutes, unseen speakers:
               EER: speaker   untrained   log-mel   l1: own, same, another   heard as target, source (copy)
 LibriSpeech, 51      10 %        20 %      23 %      0.22, 0.34, 0.49        50 %,  0 %  (79 %)
 Arabic words, 6      20 %        28 %      31 %      0.21, 0.42, 0.59        33 %,  4 %  (96 %)
-From `content` the speaker is read there in 3 % (chance 0.5; without instance norm 78 %) and 26 % (chance 5.6),
-from `speaker` in 93 and 98 %.
+From `content` the speaker is read there in 3 % (chance 0.5; without instance norm 78 %) and 26 %
+(chance 5.6), from `speaker` in 93 and 98 %.
 """
 import argparse
 import collections
