@@ -233,7 +233,7 @@ def schedule(step, cfg):
     ends = (shares * cfg.steps / shares[-1]).round()
     ramp = cfg.ramp * cfg.steps / shares[-1]
     phase = int((step >= ends).sum())
-    return phase, cfg.adversary * min(1, (step - ends[1]) / max(ramp, 1)) if phase == 2 else 0.0
+    return phase, cfg.adversary * min(1.0, float(step - ends[1]) / max(ramp, 1)) if phase == 2 else 0.0
 
 def segments(model, corpus, step, draw, cfg, utterances=None):
     """-> x (B, T, F) of random segments, speaker (B,)."""
