@@ -6,7 +6,7 @@
 A row: milliseconds a training step, seconds of audio trained on per second, share of the step spent in get_batch, peak
 memory (of the GPU, or of the process), and samples of waveform made per second by convert, for one stream. "bare": forward
 and backward of the networks alone, on random features, where they were ready-made; the rest of the step is features, loss,
-clipping and optimizer. The paper's configuration is slow on a CPU: there it runs five steps at --batch-size, stated in the row.
+clipping and optimizer. Where a step of training has parts, the steps are those of its first phase, and each part has a row. The paper's configuration is slow on a CPU: there it runs five steps at --batch-size, stated in the row.
 """
 import argparse
 import contextlib
@@ -27,7 +27,19 @@ def bare_adain_vc(model, cfg, x):
     (model.decode(mu + (log_var / 2).exp(), model.speaker(x), x.shape[1]) - x).abs().mean().backward()
 
 
-BARE = {"adain_vc": bare_adain_vc}
+def bare_adversarial_vc(model, cfg, x):
+    (model.decode(model.encoder(x), torch.zeros(len(x), dtype=int, device=x.device), x.shape[1], 1) - x).abs().mean().backward()
+
+
+def parts_adversarial_vc(script, model, optimizers, cfg, x):
+    speaker = torch.arange(len(x), device=x.device) % model.n_speakers
+    step = lambda name, *rest: lambda: getattr(script, f"{name}_step")(model, optimizers, x, *rest, cfg)
+    return {"auto-encoder": step("autoencoder", speaker, 0.0), "with adversary": step("autoencoder", speaker, 0.01),
+            "classifier": step("classifier", speaker), "critic": step("critic", speaker), "generator": step("generator")}
+
+
+BARE = {"adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc}
+PARTS = {"adversarial_vc": parts_adversarial_vc}    # steps that a step of training is made of, each timed by itself
 
 
 def bench(name, config, device, batch_size):
@@ -58,7 +70,7 @@ def bench(name, config, device, batch_size):
     step_seconds, share = (time.perf_counter() - began) / steps, corpus.seconds / (time.perf_counter() - began)
     bare = ""
     if name in BARE:
-        x = torch.randn(cfg.batch_size, cfg.crop // cfg.hop, cfg.n_mels, device=cfg.device)
+        x = torch.rand_like(model.features(torch.randn(cfg.batch_size, cfg.crop, device=cfg.device)))[:, :cfg.crop // cfg.hop]
         for timed in (False, True):
             began = time.perf_counter()
             for _ in range(steps if timed else 2):
@@ -82,6 +94,14 @@ def bench(name, config, device, batch_size):
         wait()
         row += f"  convert {len(wave) / (time.perf_counter() - began):9.0f} samples/s"
     print(row, flush=True)
+    for part, step in PARTS[name](script, model.train(), optimizers, cfg, x).items() if name in PARTS else ():
+        for timed in (False, True):
+            began = time.perf_counter()
+            for _ in range(steps if timed else 2):
+                with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and device == "cuda"):
+                    step()
+            wait()
+        print(f"{'':15} {config:6} {device:5} {part:15} {(time.perf_counter() - began) / steps * 1000:9.1f} ms", flush=True)
 
 
 if __name__ == "__main__":
