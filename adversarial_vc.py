@@ -44,8 +44,8 @@ D4  Any length goes in and the same comes out: a short x is repeated, a long out
 D5  Griffin-Lim with momentum from a random phase, de-emphasis in the spectrum. The authors: 300 plain rounds
     from phase 0, a recursive filter.
 D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made, and convert
-    from a checkpoint of stage 1 adds nothing. From the usual start the critic is steep, and leads the generator
-    astray (toy trials: a mean penalty of 58 over 25 steps of the generator; so it is 0.1).
+    from a checkpoint of stage 1 adds nothing. From the usual start the critic is steep, and leads the
+    generator astray (toy trials: a mean penalty of 58 over its first 25 steps; so it is 0.1).
 Not known to us from the paper
 U1  The batch: here 32, as in the authors' configuration; their script, as it stands, takes 16.
 """
@@ -395,8 +395,8 @@ def convert(model, sources, targets, cfg):
 @torch.enable_grad()
 def fresh_classifier(encoder, corpus, cfg):
     """The paper's probe: a new classifier-1, trained on the latents of a frozen encoder for a quarter of the
-    steps of the run -> the share of held-out segments whose speaker it names. What the encoder
-    was trained against is no judge: the encoder has learned to mislead that very one."""
+    steps of the run -> the share of held-out segments whose speaker it names. The classifier that the encoder
+    was trained against would be no judge: the encoder has learned to mislead that very one."""
     torch.manual_seed(cfg.seed)
     fresh = Model(cfg, len(corpus.speakers)).to(cfg.device).train()
     optimizers, fresh.encoder = make_optimizers(fresh, cfg), encoder.eval()
@@ -414,9 +414,9 @@ def sample(model, corpus, cfg, out):
     """Writes what each stage makes of an utterance of four training speakers in the voice of each of them,
     SOURCE_as_TARGET_stage1.wav and _stage2.wav. Returns, over held-out utterances: accuracy of
     `fresh_classifier`, also on an untrained encoder; L1 of stage 1 with the own and with another speaker's
-    vectors; the variance over time of a frequency, in dB^2, in real speech and in conversions; and how far
-    those of a speaker are apart, as the mean of |ln ratio| over frequencies. Writes these variances as
-    global_variance.npy, (real and each stage, speakers, F)."""
+    vectors; the variance over time of a frequency, in dB^2, in real speech and in conversions of each stage;
+    and how far that of conversions is from that of real speech of the target, as the mean of |ln ratio| over
+    frequencies and speakers. Writes these variances as global_variance.npy, (real and stages, speakers, F)."""
     torch.manual_seed(cfg.seed)
     nets = {"content": model.encoder, "untrained": Model(cfg, corpus.known).to(cfg.device).encoder}
     metrics = {"fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}}
@@ -440,9 +440,9 @@ def sample(model, corpus, cfg, out):
     variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(min=1)     # (1 + stages, S', F)
     if variance.numel():
         np.save(out / "global_variance.npy", variance.numpy())
-        mean = lambda v: dict(zip(("real", "stage_1", "stage_2"), v.mean((1, 2)).tolist()))
-        metrics |= {"l1": l1, "variance": mean(variance),
-                    "variance_error": mean((variance / variance[0]).log().abs())}
+        names, mean = ("real", "stage_1", "stage_2"), lambda v: v.mean((1, 2)).tolist()
+        metrics |= {"l1": l1, "variance": dict(zip(names, mean(variance))), "variance_error":
+                    dict(zip(names[1:], mean((variance[1:] / variance[0]).log().abs())))}
     return metrics
 
 # ==================== shared: audio ====================

@@ -613,7 +613,7 @@ def test_global_variance(tmp_path, monkeypatch):
     close(metrics["variance"]["real"], real.mean(), 1e-3)
     close(metrics["variance"]["stage_1"], made.mean(), 1e-3)
     close(metrics["variance_error"]["stage_1"], (made / real).log().abs().mean(), 1e-4)
-    assert metrics["variance_error"]["stage_2"] < 1e-5 and metrics["variance_error"]["real"] == 0
+    assert metrics["variance_error"]["stage_2"] < 1e-5
     close(torch.from_numpy(np.load(tmp_path / "global_variance.npy")), torch.stack([real, made, real]), 1e-2)
     assert len([*tmp_path.glob("*_stage1.wav")]) == len([*tmp_path.glob("*_stage2.wav")]) == 16
     metrics = v.sample(model, corpus, v.replace(cfg, gan_share=0.0), tmp_path)
