@@ -416,7 +416,7 @@ def sample(model, corpus, cfg, out):
     `fresh_classifier`, also on an untrained encoder; L1 of stage 1 with the own and with another speaker's
     vectors; the variance over time of a frequency, in dB^2, in real speech and in conversions of each stage;
     and how far that of conversions is from that of real speech of the target, as the mean of |ln ratio| over
-    frequencies and speakers. Writes these variances as global_variance.npy, (real and stages, speakers, F)."""
+    frequencies and speakers. Writes these as global_variance.npy, (real and stages, speakers, F)."""
     torch.manual_seed(cfg.seed)
     nets = {"content": model.encoder, "untrained": Model(cfg, corpus.known).to(cfg.device).encoder}
     metrics = {"fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}}
