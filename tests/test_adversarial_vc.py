@@ -661,3 +661,53 @@ def test_overfits_a_batch():
         v.autoencoder_step(model, optimizers, x, y, 1.0, cfg)
     with torch.no_grad():
         assert F.cross_entropy(model.classifier(model.encoder(x)), y) > 2 * math.log(6)
+
+
+# -------------------- on a GPU --------------------
+@GPU
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-3), (True, 5e-2)])
+def test_cuda_is_the_cpu(bf16, tolerance):
+    """The networks and the gradient penalty; under bfloat16 every step leaves finite weights."""
+    model, cfg = tiny()
+    x, y = batch(model.eval(), cfg)
+    run = lambda: [model.decode(model.encoder(x), y, 40, 2), model.classifier(model.encoder(x)), *model.critic(x)]
+    here = run()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        for a, b in zip(run(), here):
+            assert ((a.float().cpu() - b).norm() / b.norm()).item() < tolerance
+        optimizers = v.make_optimizers(model.train(), cfg)
+        for _ in range(3):
+            logs = [v.classifier_step(model, optimizers, x, y, cfg), v.autoencoder_step(model, optimizers, x, y, 0.1, cfg),
+                    v.critic_step(model, optimizers, x, y, cfg), v.generator_step(model, optimizers, x, cfg)]
+    assert all(value.isfinite() for log in logs for value in log.values())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# -------------------- the whole --------------------
+def test_a_fifth_of_the_toy_run(tmp_path, monkeypatch):
+    """All phases. Conversions come closer to the target's average spectrum than to the source's, and the phones become easier
+    to read from the latent, against the untrained control."""
+    monkeypatch.chdir(tmp_path)
+    cfg = v.Config(**v.TOY | dict(steps=160, gan_share=20.0, probe=200, device="cpu"))
+    corpus = v.load_corpus(cfg)
+    torch.manual_seed(0)
+    model, losses, phases = v.Model(cfg, corpus.known), [], set()
+    optimizers = v.make_optimizers(model, cfg)
+    for step in range(cfg.steps):
+        log = v.train_step(model.train(), optimizers, corpus, step, cfg)
+        phases.add(v.schedule(step, cfg)[0])
+        losses += [log["reconstruction_loss"].item()] if "reconstruction_loss" in log else []
+    assert phases == {0, 1, 2, 3} and np.mean(losses[-10:]) < 0.4 * np.mean(losses[:5])
+    rows = v.evaluate(model.eval(), corpus, cfg)["representations"]
+    assert rows["content"]["phone"] > rows["content untrained"]["phone"] + 0.05
+    spectrum = lambda wave: model.features(wave[None])[0].mean(0)
+    average = torch.stack([torch.stack([spectrum(corpus.wave(u)) for u in corpus.train[corpus.speaker[corpus.train] == s][:20]])
+                           .mean(0) for s in range(8)])
+    us = corpus.held[:24]
+    source = torch.from_numpy(corpus.speaker[us])
+    aims = (source + 1 + torch.arange(24) % 7) % 8
+    for stage in (0.0, 1.0):
+        waves = v.convert(model, [corpus.wave(u) for u in us], aims.tolist(), v.replace(cfg, gan_share=stage))
+        heard = torch.stack([(spectrum(w) - average).abs().mean(1).argmin() for w in waves])
+        assert (heard == aims).float().mean() > 0.3 and (heard == source).float().mean() < 0.2
