@@ -106,7 +106,7 @@ class Config:
     classifier_share: float = 20.0  # then, in the same parts: classifier-1 alone
     joint_share: float = 80.0    # then both
     gan_share: float = 50.0      # then stage 2; 0: none, and convert leaves the generator out
-    ramp: float = 50.0           # of the joint parts those in which the adversary's weight rises from 0
+    ramp: float = 50.0           # parts in which the adversary's weight rises from 0, once both learn
     classifier_steps: int = 5    # of classifier-1 in each joint step
     critic_steps: int = 5        # of the critic in each step of stage 2
     channels: int = 512          # of the latent and the blocks
@@ -117,7 +117,7 @@ class Config:
     classifier_dropout: float = 0.3  # in classifier-1
     penalty: float = 10.0        # weight of the gradient penalty
     clip: float = 5.0            # largest norm of a network's gradient
-    generator_lr: float = 1e-4   # learning rate of Adam for the generator
+    generator_lr: float = 1e-4   # learning rate of Adam for the generator; lr: for the other networks
 
 # The same model, narrower, at 8 kHz, for two CPU cores and three minutes; the shares are steps here.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=5120, batch_size=16, steps=880,
@@ -144,6 +144,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         c, bins, options = cfg.channels, cfg.n_fft // 2 + 1, (cfg.dropout, cfg.instance_norm)
+        self.min_frames = max(9, cfg.bank // 2 + 1)    # of 9 frames 3 are left where the last halving mirrors
         self.bank = nn.ModuleList(Conv(bins, cfg.bank_channels, k + 1) for k in range(cfg.bank))
         self.mix = pair(nn.Identity(), nn.Conv1d(cfg.bank * cfg.bank_channels + bins, c, 1), *options)
         self.down = nn.ModuleList(pair(Conv(c, c, 5), Conv(c, c, 5, stride=2), *options) for _ in range(3))
@@ -152,8 +153,8 @@ class Encoder(nn.Module):
         self.leave = nn.Linear(c + c // 4 * 2, c)
 
     def forward(self, x):
-        if x.shape[1] < 9:                                                   # D4: x again and again
-            x = x[:, torch.arange(9, device=x.device) % x.shape[1]]
+        if x.shape[1] < self.min_frames:                                     # D4: x again and again
+            x = x[:, torch.arange(self.min_frames, device=x.device) % x.shape[1]]
         x = x.mT.contiguous()                                                # (B, F, T)
         h = self.mix(torch.cat([*(conv(x) for conv in self.bank), x], 1))
         for block in self.down:
@@ -215,7 +216,8 @@ class Critic(nn.Module):
                             "bins, where the critic needs 33 of both; raise --crop or --n-fft")
         sizes, layers = (1, c, 2 * c, 4 * c, 8 * c, 8 * c), []
         for a, b in [*itertools.pairwise(sizes), (8 * c, c // 2)]:
-            conv = nn.Conv2d(a, b, 1) if b == c // 2 else nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect")
+            last = b == c // 2                         # 1 x 1
+            conv = nn.Conv2d(a, b, 1) if last else nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect")
             layers += [conv, nn.LeakyReLU(), nn.InstanceNorm2d(b), nn.Dropout2d(0.1)]
         self.trunk = nn.Sequential(*layers)
         shape = -(-bins // 32), -(-T // 32)
@@ -229,6 +231,8 @@ class Model(nn.Module):
     """The five networks. Stage 1 trains encoder, decoder and classifier, stage 2 generator and critic."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
+        if min(cfg.channels, 2 * cfg.critic_channels) < 4 or max(cfg.dropout, cfg.classifier_dropout) >= 1:
+            raise UserError("--channels must be 4 or more, --critic-channels 2 or more, a dropout below 1")
         self.cfg, self.n_speakers = cfg, n_speakers
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg, n_speakers)
         self.classifier, self.critic = Classifier(cfg, n_speakers), Critic(cfg, n_speakers)
@@ -248,7 +252,7 @@ class Model(nn.Module):
     def decode(self, z, speaker, frames, stage):
         """z (B, T', C), speaker (B,) -> x^ (B, frames, F): in stage 2 the generator adds its residual.
         D4: what is more than the source has is cut off."""
-        x = self.decoder(z, speaker)
+        x = self.decoder(z, speaker).float()
         return (x + self.generator(z, speaker) if stage == 2 else x)[:, :frames]
 
     def vocode(self, x):
@@ -310,7 +314,7 @@ def autoencoder_step(model, optimizers, x, speaker, weight, cfg):
     """L_rec - weight * CE: encoder and decoder learn to rebuild x from z and its TRUE speaker, the encoder
     also to make classifier-1 err. The cheapest place for the speaker is then the decoder's tables."""
     z = model.encoder(x)
-    rec = F.l1_loss(model.decode(z, speaker, x.shape[1], stage=1).float(), x)
+    rec = F.l1_loss(model.decode(z, speaker, x.shape[1], stage=1), x)
     loss = rec - weight * F.cross_entropy(model.classifier(z).float(), speaker) if weight else rec
     update(loss, optimizers["autoencoder"], cfg, model.encoder, model.decoder)
     return {"reconstruction_loss": rec.detach()}
@@ -328,7 +332,7 @@ def gradient_penalty(critic, real, fake):
     (B, T, F). In float32, for bfloat16 spoils a gradient's gradient."""
     with torch.autocast(real.device.type, enabled=False):
         mix = torch.rand(len(real), 1, 1, device=real.device)
-        u = (mix * real + (1 - mix) * fake).float().requires_grad_()
+        u = (mix * real + (1 - mix) * fake).float().requires_grad_()                 # (B, T, F)
         gradient, = torch.autograd.grad(critic(u)[0].sum(), u, create_graph=True)
         return (1 - (gradient.square().sum((1, 2)) + 1e-12).sqrt()).square().mean()
 
@@ -336,7 +340,7 @@ def critic_step(model, optimizers, x, speaker, cfg):
     """The critic learns to tell real segments from converted ones, classifier-2 the speaker of real ones."""
     with torch.no_grad():
         z, aim, fake = stage_1(model, x)
-        fake = (fake + model.generator(z, aim)[:, :x.shape[1]]).float()
+        fake = fake + model.generator(z, aim)[:, :x.shape[1]]
     (real_value, logits), fake_value = model.critic(x), model.critic(fake)[0]
     distance = real_value.float().mean() - fake_value.float().mean()
     error, penalty = F.cross_entropy(logits.float(), speaker), gradient_penalty(model.critic, x, fake)
@@ -394,14 +398,14 @@ def convert(model, sources, targets, cfg):
 
 @torch.enable_grad()
 def fresh_classifier(encoder, corpus, cfg):
-    """The paper's probe: a new classifier-1, trained on the latents of a frozen encoder for a quarter of the
-    steps of the run -> the share of held-out segments whose speaker it names. The classifier that the encoder
-    was trained against would be no judge: the encoder has learned to mislead that very one."""
-    torch.manual_seed(cfg.seed)
+    """The authors' probe: a new classifier-1, trained on the latents of a frozen encoder for a quarter of
+    the run's steps, at most 20,000 -> the share of held-out segments whose speaker it names. The classifier
+    that the encoder was trained against would be no judge: the encoder has learned to mislead that one."""
+    torch.manual_seed(cfg.seed + 1)                    # not the weights that the run's classifier began with
     fresh = Model(cfg, len(corpus.speakers)).to(cfg.device).train()
     optimizers, fresh.encoder = make_optimizers(fresh, cfg), encoder.eval()
     rng, right = np.random.default_rng(cfg.seed), []
-    for step in range(-(-cfg.steps // 4)):
+    for step in range(min(-(-cfg.steps // 4), 20_000)):
         us = corpus.train[rng.integers(len(corpus.train), size=cfg.batch_size)]
         classifier_step(fresh, optimizers, *segments(fresh, corpus, step, 99, cfg, us), cfg)
     for draw, us in itertools.product(range(4), np.array_split(corpus.held, -(-len(corpus.held) // 64))):
@@ -414,33 +418,37 @@ def sample(model, corpus, cfg, out):
     """Writes what each stage makes of an utterance of four training speakers in the voice of each of them,
     SOURCE_as_TARGET_stage1.wav and _stage2.wav. Returns, over held-out utterances: accuracy of
     `fresh_classifier`, also on an untrained encoder; L1 of stage 1 with the own and with another speaker's
-    vectors; the variance over time of a frequency, in dB^2, in real speech and in conversions of each stage;
-    and how far that of conversions is from that of real speech of the target, as the mean of |ln ratio| over
-    frequencies and speakers. Writes these as global_variance.npy, (real and stages, speakers, F)."""
+    vectors; the variance over time of a frequency, in dB^2, in real speech, in copies that only went through
+    Griffin-Lim, and in conversions of each stage; and how far that is from that of real speech of the speaker
+    (of conversions: the target), as the mean of |ln ratio| over frequencies and speakers. Writes variances as
+    global_variance.npy, (real, copy, stages; speakers; F)."""
     torch.manual_seed(cfg.seed)
     nets = {"content": model.encoder, "untrained": Model(cfg, corpus.known).to(cfg.device).encoder}
     metrics = {"fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}}
-    us = corpus.held[corpus.speaker[corpus.held] < corpus.known]           # evaluate may bring other speakers
+    us = corpus.held[corpus.length[corpus.held] > cfg.win]
+    us = us[corpus.speaker[us] < corpus.known]                             # evaluate may bring other speakers
     who, stages = corpus.speaker[us], (1, 2)[:1 + (cfg.gan_share > 0)]
     by_stage = lambda wave, s, n: convert(model, [wave], [s], replace(cfg, gan_share=n - 1.0))[0]
     for a, b, n in itertools.product([*dict.fromkeys(who)][:4], [*dict.fromkeys(who)][:4], stages):
         wave = by_stage(corpus.wave(us[who == a][0]).to(cfg.device), b, n)
         write_audio(out / f"{corpus.speakers[a]}_as_{corpus.speakers[b]}_stage{n}.wav", wave, cfg.sample_rate)
-    total, count = (torch.zeros(1 + len(stages), corpus.known, n) for n in (cfg.n_fft // 2 + 1, 1))
-    l1 = {"own": 0.0, "another": 0.0}
+    names, l1 = ("real", "copy", "stage_1", "stage_2")[:2 + len(stages)], {"own": 0.0, "another": 0.0}
+    total = torch.zeros(len(names), corpus.known, cfg.n_fft // 2 + 1)
+    count = torch.zeros(len(names), corpus.known, 1)
     for i, (u, own) in enumerate(zip(us[:cfg.probe], who)):
         wave = corpus.wave(u).to(cfg.device)
         x, other = model.features(wave[None]), (own + 1 + i % (corpus.known - 1)) % corpus.known
         for name, s in ("own", own), ("another", other):
             y = model.decode(model.encoder(x), torch.tensor([s], device=cfg.device), x.shape[1], stage=1)
             l1[name] += F.l1_loss(y, x).item() / len(us[:cfg.probe])
-        for k, (s, y) in enumerate([(own, wave), *((other, by_stage(wave, other, n)) for n in stages)]):
-            total[k, s] += (100 * model.features(y[None])[0]).var(0).cpu()   # (F,)
+        made = (own, wave), (own, model.vocode(x)[0]), *((other, by_stage(wave, other, n)) for n in stages)
+        for k, (s, y) in enumerate(made):
+            total[k, s] += (100 * model.features(y[None])[0]).var(0, correction=0).cpu()             # (F,)
             count[k, s] += 1
-    variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(min=1)     # (1 + stages, S', F)
+    variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(min=1)     # (names, S', F), at least 1 dB^2
     if variance.numel():
         np.save(out / "global_variance.npy", variance.numpy())
-        names, mean = ("real", "stage_1", "stage_2"), lambda v: v.mean((1, 2)).tolist()
+        mean = lambda v: v.mean((1, 2)).tolist()
         metrics |= {"l1": l1, "variance": dict(zip(names, mean(variance))), "variance_error":
                     dict(zip(names[1:], mean((variance[1:] / variance[0]).log().abs())))}
     return metrics

@@ -609,15 +609,19 @@ def test_global_variance(tmp_path, monkeypatch):
     monkeypatch.setattr(v, "convert", lambda model, sources, targets, cfg:
                         [corpus.wave(targets[0]) if cfg.gan_share else noise[targets[0]]])
     metrics = v.sample(model.eval(), corpus, cfg, tmp_path)
-    real, made = ((100 * model.features(x)).var(1).clamp(min=1) for x in (torch.stack([*map(corpus.wave, range(4))]), noise))
+    real, made = ((100 * model.features(x)).var(1, correction=0).clamp(min=1) for x in (torch.stack([*map(corpus.wave, range(4))]), noise))
     close(metrics["variance"]["real"], real.mean(), 1e-3)
     close(metrics["variance"]["stage_1"], made.mean(), 1e-3)
     close(metrics["variance_error"]["stage_1"], (made / real).log().abs().mean(), 1e-4)
     assert metrics["variance_error"]["stage_2"] < 1e-5
-    close(torch.from_numpy(np.load(tmp_path / "global_variance.npy")), torch.stack([real, made, real]), 1e-2)
+    saved = torch.from_numpy(np.load(tmp_path / "global_variance.npy"))
+    close(saved[[0, 2, 3]], torch.stack([real, made, real]), 1e-2)
+    copies = torch.stack([model.features(model.vocode(model.features(w[None])))[0] for w in map(corpus.wave, range(4))])
+    close(saved[1], (100 * copies).var(1, correction=0).clamp(min=1), 1e-2)
+    assert metrics["variance_error"]["copy"] > 0
     assert len([*tmp_path.glob("*_stage1.wav")]) == len([*tmp_path.glob("*_stage2.wav")]) == 16
     metrics = v.sample(model, corpus, v.replace(cfg, gan_share=0.0), tmp_path)
-    assert set(metrics["variance"]) == {"real", "stage_1"} and metrics["l1"]["own"] > 0
+    assert set(metrics["variance"]) == {"real", "copy", "stage_1"} and metrics["l1"]["own"] > 0
 
 
 def test_fresh_classifier():
