@@ -736,8 +736,8 @@ def test_cuda_is_the_cpu(bf16, tolerance):
 
 # -------------------- the whole --------------------
 def test_a_fifth_of_the_toy_run(tmp_path, monkeypatch):
-    """All phases. Conversions come closer to the target's average spectrum than to the source's, and the phones become easier
-    to read from the latent, against the untrained control."""
+    """All phases. Far more conversions than sources are closer to the target's average spectrum than to the source's, and the
+    phones become easier to read from the latent, against the untrained control."""
     monkeypatch.chdir(tmp_path)
     cfg = v.Config(**v.TOY | dict(steps=160, gan_share=20.0, probe=200, device="cpu"))
     corpus = v.load_corpus(cfg)
@@ -754,10 +754,11 @@ def test_a_fifth_of_the_toy_run(tmp_path, monkeypatch):
     spectrum = lambda wave: model.features(wave[None])[0].mean(0)
     average = torch.stack([torch.stack([spectrum(corpus.wave(u)) for u in corpus.train[corpus.speaker[corpus.train] == s][:20]])
                            .mean(0) for s in range(8)])
-    us = corpus.held[:24]
+    us = corpus.held[:48]
     source = torch.from_numpy(corpus.speaker[us])
-    aims = (source + 1 + torch.arange(24) % 7) % 8
+    aims = (source + 1 + torch.arange(48) % 7) % 8
+    to = lambda waves, speakers: torch.stack([(spectrum(w) - average[s]).abs().mean() for w, s in zip(waves, speakers)])
+    closer = lambda waves: (to(waves, aims) < to(waves, source)).float().mean()
+    sources = [corpus.wave(u) for u in us]
     for stage in (0.0, 1.0):
-        waves = v.convert(model, [corpus.wave(u) for u in us], aims.tolist(), v.replace(cfg, gan_share=stage))
-        heard = torch.stack([(spectrum(w) - average).abs().mean(1).argmin() for w in waves])
-        assert (heard == aims).float().mean() > 0.3 and (heard == source).float().mean() < 0.2
+        assert closer(v.convert(model, sources, aims.tolist(), v.replace(cfg, gan_share=stage))) > closer(sources) + 0.3
