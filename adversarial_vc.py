@@ -73,7 +73,7 @@ Measured on a CPU, not on a GPU. Toy corpus, seeds 0, 1, 2: of 24 conversions 88
 target, 0, 12, 4 % as the source; they keep the phone in 63, 73, 63 % of the frames (copies 91, chance 21).
 From `content` phones are read in 82, 84, 81 % (untrained 58, 60, 57). The adversary has nothing to do there:
 classifier-1 stays at chance (12 %), the fresh one too (14, 14, 12), for the encoder's InstanceNorm leaves
-little of these voices, trained or not (speaker from `content` 31, 38, 34 %; untrained 33, 41, 26; log-mel 97).
+little of these voices, trained or not (speaker, `content`: 31, 38, 34 %; untrained 33, 41, 26; log-mel 97).
 Real speech: TOY with --steps 3080 --classifier-share 1500 --joint-share 1100 --ramp 700, so that classifier-1
 is well above chance before it matters (words 20 %, digits 70 %), and --adversary 0.1 beside 0:
                             speaker, `content` (untrained)   fresh classifier-1         phone
@@ -82,7 +82,7 @@ chance 6 %, phone 46   0    60, 59, 55                       18, 18, 19         
   without encoder IN   0.1  55                 (83)           7           (20)          51           (52)
                        0    62                               19                         53
 digits, chance 17 %,   0.1  94                 (77)          18           (44)          45           (32)
-  phone 12             0    98                               75                         54
+  phone 13             0    98                               75                         54
 So the claim holds for a new classifier of the adversary's own kind, which falls to chance, and on words in
 part for a linear probe of the mean over time; on digits this reads the speaker as before, and better than
 untrained. With the speaker went some of the phones, and with the encoder's IN speech became more blurred
