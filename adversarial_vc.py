@@ -39,7 +39,7 @@ the text: sizes, weights and schedule here are those of that code.
 D1  Any speakers. Every utterance is as likely, those of a batch differ, short ones are repeated, silence is
     not trimmed, segments are cut from the waveform, anew in each step. The authors: 20 speakers of VCTK;
     first the speaker is drawn, then an utterance of more than 128 frames; silence trimmed; 500,000 segments,
-    cut once from the spectrograms, so that edges see what is beyond.
+    cut once from the spectrograms, so that edges see what is beyond; held out: the last tenth by name.
 D2  Latents are detached where the encoder does not learn, and no dropout in the frozen encoder of stage 2.
     The authors go through the encoder in the classifier's steps, and leave its dropout on in stage 2.
 D3  A silent training segment is replaced: see `segments`.
@@ -50,7 +50,9 @@ D5  Griffin-Lim with momentum from a random phase, de-emphasis in the spectrum. 
     from phase 0, a recursive filter, silence trimmed.
 D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made, and convert
     from a checkpoint of stage 1 adds nothing. With the usual start the critic is steep and leads the
-    generator astray (toy trials: the penalty was 58 on average over 25 steps of stage 2; so, 0.1).
+    generator astray (in earlier toy trials, apart: a mean penalty of 58 over 25 steps of stage 2; so, 0.1).
+TOY is more than narrower: dropout of 0.1 and 0, 3 steps of classifier-1, higher learning rates, the
+generator's below the critic's, and more of the steps for the auto-encoder.
 Not known to us from the paper
 U1  The batch: here 32, as in the authors' configuration; their script, as it stands, takes 16.
 
@@ -72,10 +74,10 @@ lower the other.
 Measured on a CPU, not on a GPU. Toy corpus, seeds 0, 1, 2: of 24 conversions 88, 75, 75 % are heard as the
 target, 0, 12, 4 % as the source; they keep the phone in 63, 73, 63 % of the frames (copies 91, chance 21).
 From `content` phones are read in 82, 84, 81 % (untrained 58, 60, 57). The adversary has nothing to do there:
-classifier-1 stays at chance (12 %), the fresh one too (14, 14, 12), for the encoder's InstanceNorm leaves
+classifier-1 stays at chance (log), the fresh one too (14, 14, 12), for the encoder's InstanceNorm leaves
 little of these voices, trained or not (speaker, `content`: 31, 38, 34 %; untrained 33, 41, 26; log-mel 97).
 Real speech: TOY with --steps 3080 --classifier-share 1500 --joint-share 1100 --ramp 700, so that classifier-1
-is well above chance before it matters (words 20 %, digits 70 %), and --adversary 0.1 beside 0:
+is well above chance before it matters (log, step 2000: words 20, digits 70 %), and --adversary 0.1 beside 0:
                             speaker, `content` (untrained)   fresh classifier-1         phone
 words, seeds 0, 1, 2   0.1  36, 33, 33 %       (18, 25, 20)   6,  8,  6 % (11, 10, 10)  53, 53, 53 % (47)
 chance 6 %, phone 46   0    60, 59, 55                       18, 18, 19                 56, 56, 55

@@ -6,7 +6,8 @@
 A row: milliseconds a training step, seconds of audio trained on per second, share of the step spent in get_batch, peak
 memory (of the GPU, or of the process), and samples of waveform made per second by convert, for one stream. "bare": forward
 and backward of the networks alone, on random features, where they were ready-made; the rest of the step is features, loss,
-clipping and optimizer. Where a step of training has parts, the steps are those of its first phase, and each part has a row. The paper's configuration is slow on a CPU: there it runs five steps at --batch-size, stated in the row.
+clipping and optimizer. Where training has phases, the steps are those of the first, and each kind of step has a row of its
+own. The paper's configuration is slow on a CPU: there it runs five steps at --batch-size, stated in the row.
 """
 import argparse
 import contextlib

@@ -77,7 +77,7 @@ def tones(n, length=4000):
 
 # -------------------- the networks --------------------
 def test_parameters_of_the_paper():
-    """9.13 and section 3: the authors' configuration with 20 speakers, network by network."""
+    """The authors' configuration with 20 speakers, network by network."""
     model = v.Model(v.Config(), 20)
     count = lambda net: sum(p.numel() for p in net.parameters())
     assert [count(getattr(model, name)) for name in NETS] == [12_366_208, 10_417_153, 8_400_276, 10_919_605, 10_417_153]
@@ -97,7 +97,7 @@ def test_parameters_of_the_paper():
 
 @pytest.mark.parametrize("k, stride, T", [(1, 1, 7), (2, 1, 7), (4, 1, 9), (5, 2, 7), (5, 2, 8), (7, 1, 9), (3, 1, 4)])
 def test_convolution_against_a_loop(k, stride, T):
-    """Section 3: k // 2 mirrored frames before, one fewer after where k is even; length ceil(T / stride)."""
+    """K // 2 mirrored frames before, one fewer after where k is even; length ceil(T / stride)."""
     conv, x = v.Conv(3, 2, k, stride=stride), torch.randn(1, 3, T)
     mirror = lambda t: -t if t < 0 else 2 * (T - 1) - t if t >= T else t
     expected = torch.stack([conv.bias + sum(conv.weight[:, :, j] @ x[0, :, mirror(t + j - k // 2)] for j in range(k))
@@ -108,7 +108,7 @@ def test_convolution_against_a_loop(k, stride, T):
 
 @pytest.mark.parametrize("T", [9, 10, 16, 17, 23, 40, 100, 127, 128, 129])
 def test_lengths(T):
-    """9.6: z has ceil(T / 8) frames, the decoder's output 8 times as many; what is cut off makes it T again."""
+    """Z has ceil(T / 8) frames, the decoder's output 8 times as many; what is cut off makes it T again."""
     model, cfg = tiny()
     z = model.encoder(torch.rand(2, T, 33))
     y = model.decoder(z, torch.tensor([0, 1]))
@@ -137,7 +137,7 @@ def norm(h):
 @pytest.mark.parametrize("instance_norm", [True, False])
 @pytest.mark.parametrize("T", [16, 23])
 def test_encoder_in_plain_functions(instance_norm, T):
-    """Section 3: bank and x, LeakyReLU over all, 1x1; conv, act, conv, act, norm and then the residual, pooled with the last
+    """Bank and x, LeakyReLU over all, 1x1; conv, act, conv, act, norm and then the residual, pooled with the last
     frame mirrored where T is odd; dense blocks; GRU beside its input."""
     model, cfg = tiny(instance_norm=instance_norm)
     net, x, normalise = model.encoder, torch.rand(2, T, 33), norm if instance_norm else lambda h: h
@@ -169,7 +169,7 @@ def test_encoder_dropout():
 
 
 def test_pixel_shuffle():
-    """9.7: out[c, 2 t + r] = in[2 c + r, t]; checked through the first block of a decoder whose layers do nothing else."""
+    """Out[c, 2 t + r] = in[2 c + r, t]; checked through the first block of a decoder whose layers do nothing else."""
     h = torch.arange(8.).view(1, 4, 2)
     assert h.unflatten(1, (-1, 2)).mT.flatten(2)[0].tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]]
     model, cfg = tiny(channels=4)
@@ -182,7 +182,7 @@ def test_pixel_shuffle():
 
 
 def test_decoder_in_plain_functions():
-    """Section 3: where each of the five tables enters, the order within a block, the residual without the speaker."""
+    """Where each of the five tables enters, the order within a block, the residual without the speaker."""
     model, cfg = tiny()
     net, z, y = model.decoder, torch.randn(2, 3, 16), torch.tensor([2, 0])
     e = [table.weight[y][:, :, None] for table in net.speaker]
@@ -200,7 +200,7 @@ def test_decoder_in_plain_functions():
 
 
 def test_decoder_depends_on_the_speaker_through_every_table():
-    """9.9: another speaker, another output; gradient only in the rows of the batch's speakers."""
+    """Another speaker, another output; gradient only in the rows of the batch's speakers."""
     model, cfg = tiny(speakers=5)
     z = torch.randn(2, 5, 16)
     y = model.decoder(z, torch.tensor([1, 3]))
@@ -212,7 +212,7 @@ def test_decoder_depends_on_the_speaker_through_every_table():
 
 
 def test_classifier_in_plain_functions():
-    """Section 3: pairs 2 and 3 are residual; then narrower, and one kernel over the whole latent of a training segment."""
+    """Pairs 2 and 3 are residual; then narrower, and one kernel over the whole latent of a training segment."""
     model, cfg = tiny()
     net, z = model.classifier, torch.randn(2, 5, 16)
     run = lambda block, h: norm(leaky(block[2](leaky(block[0](h)))))
@@ -225,7 +225,7 @@ def test_classifier_in_plain_functions():
 
 
 def test_critic_in_plain_functions():
-    """Section 3: mirrored convolutions with stride 2, act, norm over time and frequency; two heads as large as the map."""
+    """Mirrored convolutions with stride 2, act, norm over time and frequency; two heads as large as the map."""
     model, cfg = tiny()
     net, x = model.critic.eval(), torch.rand(2, 40, 33)
     h = x.mT[:, None]
@@ -273,13 +273,13 @@ def test_instance_norm_switch_changes_the_encoder_alone():
     assert [count(getattr(a, name)) for name in NETS] == [6, 0, 4, 6, 0]
     assert [count(getattr(b, name)) for name in NETS] == [0, 0, 4, 6, 0]
     z = torch.randn(1, 6, 16)
-    close(norm(3 * z.mT - 7), norm(z.mT), 3e-4)                          # 9.8
+    close(norm(3 * z.mT - 7), norm(z.mT), 3e-4)
     close(norm(-3 * z.mT), -norm(z.mT), 3e-4)
 
 
 # -------------------- features --------------------
 def test_features_are_decibels_after_pre_emphasis():
-    """Section 2: 20 log10 of the linear magnitude, -80 dB to 20 dB as 0 to 1, in (0, 1]."""
+    """20 log10 of the linear magnitude, -80 dB to 20 dB as 0 to 1, in (0, 1]."""
     model, cfg = tiny()
     wave = 0.3 * torch.randn(2, 1600)
     emphasised = torch.stack([wave[:, 0], *(wave[:, n] - 0.97 * wave[:, n - 1] for n in range(1, 1600))], 1)
@@ -293,7 +293,7 @@ def test_features_are_decibels_after_pre_emphasis():
 
 
 def test_decibels_round_trip():
-    """9.12: exact for magnitudes from 1e-4 to 10, clipped below."""
+    """Exact for magnitudes from 1e-4 to 10, clipped below."""
     model, cfg = tiny()
     magnitude = 10 ** torch.linspace(-4, 1, 101)
     x = ((20 * magnitude.log10() + 80) / 100).clamp(1e-8, 1)
@@ -322,7 +322,7 @@ def test_vocode_undoes_features():
 
 # -------------------- the objective --------------------
 def test_schedule():
-    """9.4: the four phases at the authors' steps; the weight is exactly 0 at first, 0.005, 0.01 at 50,000, and stays."""
+    """The four phases at the authors' steps; the weight is exactly 0 at first, 0.005, 0.01 at 50,000, and stays."""
     cfg = v.Config()
     at = lambda step: v.schedule(step, cfg)
     assert [at(s)[0] for s in (0, 7999, 8000, 27999, 28000, 107999, 108000, 157999)] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -348,7 +348,7 @@ def plain(optimizers, lr):
 
 
 def test_adversarial_gradient_is_the_classifiers_with_the_sign_turned():
-    """9.1: of -w CE the encoder gets -w times the gradient of CE, so of L_rec - w CE the sum; the decoder only L_rec's."""
+    """Of -w CE the encoder gets -w times the gradient of CE, so of L_rec - w CE the sum; the decoder only L_rec's."""
     model, cfg = tiny(clip=1e9)
     x, y = batch(model, cfg)
     model.double(), x.double()
@@ -369,7 +369,7 @@ def test_adversarial_gradient_is_the_classifiers_with_the_sign_turned():
 
 
 def test_a_step_against_the_classifier_raises_its_error_and_its_own_lowers_it():
-    """9.2."""
+    """And so the two pull at one error from both sides."""
     model, cfg = tiny(clip=1e9)
     x, y = batch(model.double(), cfg)
     x = x.double()
@@ -386,7 +386,7 @@ def test_a_step_against_the_classifier_raises_its_error_and_its_own_lowers_it():
                                             ("adversarial", {"encoder", "decoder"}), ("critic", {"critic"}),
                                             ("generator", {"generator"})])
 def test_each_step_moves_its_networks_alone(step, expected):
-    """9.3, 9.11: the others stay bit-identical and get no gradient."""
+    """The others stay bit-identical and get no gradient."""
     model, cfg = tiny()
     (x, y), before, optimizers = batch(model, cfg), state(model), v.make_optimizers(model, cfg)
     {"classifier": lambda: v.classifier_step(model, optimizers, x, y, cfg),
@@ -441,7 +441,7 @@ def test_each_network_is_clipped_by_itself():
 
 
 def test_optimizers():
-    """Section 5: Adam with betas 0.5 and 0.9, no weight decay; together they hold every parameter once."""
+    """Adam with betas 0.5 and 0.9, no weight decay; together they hold every parameter once."""
     model, cfg = tiny(generator_lr=3e-4)
     optimizers = v.make_optimizers(model, cfg)
     assert list(optimizers) == ["autoencoder", "classifier", "critic", "generator"] and v.Config().generator_lr == 1e-4
@@ -465,7 +465,7 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("norm_of_w, penalty", [(3, 4.0), (1, 0.0), (0, 0.999998), (0.5, 0.25)])
 def test_gradient_penalty_of_a_linear_critic(norm_of_w, penalty):
-    """9.5: (1 - |w|)^2, whatever the segments are."""
+    """(1 - |w|)^2, whatever the segments are."""
     w = torch.randn(40, 33)
     for scale in (1, 30):
         real, fake = scale * torch.randn(4, 40, 33), torch.randn(4, 40, 33)
@@ -516,7 +516,7 @@ class Known(nn.Module):
 
 
 def test_critic_objective():
-    """Section 4: min -(D(x) - D(x')) + CE(real, y) + weight * penalty; classifier-2 never learns from a fake."""
+    """Min -(D(x) - D(x')) + CE(real, y) + weight * penalty; classifier-2 never learns from a fake."""
     model, cfg = tiny(clip=1e9, penalty=7.0)
     model.critic = Known(3)
     x, y = batch(model, cfg)
@@ -540,7 +540,7 @@ def test_critic_objective():
 
 
 def test_generator_objective():
-    """Section 4: min -D(x') + CE(classifier-2(x'), y'), x' = Dec(z, y') + Gen(z, y') with random y'."""
+    """Min -D(x') + CE(classifier-2(x'), y'), x' = Dec(z, y') + Gen(z, y') with random y'."""
     model, cfg = tiny(clip=1e9, gan_share=50.0)
     model.critic, (x, y) = Known(3), batch(model, cfg)
     torch.manual_seed(5)
@@ -566,7 +566,7 @@ def test_random_targets_are_uniform_over_all_speakers():
 
 
 def test_generator_starts_as_nothing():
-    """9.10 and D6: with a last layer of zeros both stages give the decoder's output exactly, and yet it learns."""
+    """D6: with a last layer of zeros both stages give the decoder's output exactly, and yet it learns."""
     cfg = tiny()[1]
     model = v.Model(cfg, 3)
     z, y = torch.randn(2, 5, 16), torch.tensor([0, 2])

@@ -27,8 +27,8 @@ COMMON = "--toy --device cpu --batch-size 2 --crop 1920 --probe 8 --steps 4 --sa
 SMALL = {                           # flags that make the model tiny; the first one changes its shape
     "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4",
     "adain_vc": "--channels 8 --d-content 4 --d-speaker 8 --bank 2 --bank-channels 4 --blocks 2 --dense 1",
-    "adversarial_vc": "--channels 8 --bank 2 --bank-channels 4 --critic-channels 2 --classifier-steps 2 --critic-steps 2 --ae-share 1 "
-                      "--classifier-share 1 --joint-share 1 --gan-share 1 --hop 40",
+    "adversarial_vc": "--channels 8 --bank 2 --bank-channels 4 --critic-channels 2 --classifier-steps 2 --critic-steps 2 "
+                      "--ae-share 1 --classifier-share 1 --joint-share 1 --gan-share 1 --hop 40",
     "fhvae": "", "cpc": "", "dim": ""}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SPEAKERS = ("ann", "ben", "don")
