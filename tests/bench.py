@@ -32,6 +32,22 @@ def bare_adversarial_vc(model, cfg, x):
     (model.decode(model.encoder(x), torch.zeros(len(x), dtype=int, device=x.device), x.shape[1], 1) - x).abs().mean().backward()
 
 
+def bare_fhvae(model, cfg, x):
+    x = x[:, 2:-1]
+    z2 = model.z2_encoder(x)
+    z1 = model.z1_encoder(x, z2[0])
+    sum(h.mean() for h in (*z1, *z2, *model.decoder(z1[0], z2[0], x.shape[1]))).backward()
+
+
+def parts_fhvae(script, model, optimizers, cfg, x):
+    """The discriminative term, and what a pass costs beside its steps: the table filled from 2048 segments."""
+    x = x[:, 2:-1]
+    m2 = model.z2_encoder(x)[0].detach().float().requires_grad_()
+    many = x.repeat(2048 // len(x) + 1, 1, 1)[:2048]
+    return {"discriminative": lambda: script.log_posterior(m2, model.table)[:, 0].mean().backward(),
+            "fill from 2048": torch.no_grad()(lambda: model.z2_encoder(many))}
+
+
 def parts_adversarial_vc(script, model, optimizers, cfg, x):
     speaker = torch.arange(len(x), device=x.device) % model.n_speakers
     step = lambda name, *rest: lambda: getattr(script, f"{name}_step")(model, optimizers, x, *rest, cfg)
@@ -39,8 +55,8 @@ def parts_adversarial_vc(script, model, optimizers, cfg, x):
             "classifier": step("classifier", speaker), "critic": step("critic", speaker), "generator": step("generator")}
 
 
-BARE = {"adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc}
-PARTS = {"adversarial_vc": parts_adversarial_vc}    # steps that a step of training is made of, each timed by itself
+BARE = {"adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
+PARTS = {"adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # steps that a step of training is made of, each timed by itself
 
 
 def bench(name, config, device, batch_size):

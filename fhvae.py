@@ -1,0 +1,1059 @@
+# SPDX-License-Identifier: MIT
+"""Factorized hierarchical VAE: what changes from segment to segment and what stays, told apart by priors.
+
+Hsu, Zhang, Glass, "Unsupervised Learning of Disentangled and Interpretable Representations from Sequential
+Data", NeurIPS 2017, arXiv:1709.07902; Hsu, Glass, "Scalable Factorized Hierarchical Variational Autoencoder
+Training", Interspeech 2018, arXiv:1804.03201.
+
+The idea. An utterance is cut into segments of 20 frames, and a variational auto-encoder gives each two
+latents. z1 has one prior for all segments. The prior of z2 is narrow and stands about mu2, a vector that
+the segments of ONE utterance share: what stays the same costs little there, so speaker and channel go to
+z2, the rest to z1. Nothing yet keeps the mu2 of all utterances from being the same, so z2 has to tell,
+besides, which utterance it is from. No speaker label is used. mu2, the "s-vector", has a closed form for an
+utterance never seen; to convert, z2 is moved from one mu2 to another. (Beware: z1 is the SEGMENT, z2 the
+SEQUENCE; one of the authors' two programs has the names the other way round.)
+
+    wave (B, N) -> log magnitude of the linear spectrum, each bin standardised: x (B, T = 20, F)
+    x     -> LSTM -> mean m2, log variance l2 (B, d2);  z2 = m2 + exp(l2 / 2) * noise
+    x, z2 -> LSTM -> mean m1, log variance l1 (B, d1);  z1 = m1 + exp(l1 / 2) * noise
+    z1, z2, the same at every step -> LSTM -> mean and log variance of x (B, T, F)
+
+    priors     mu2 ~ N(0, 1), one of each sequence;  z2 ~ N(mu2, 0.25);  z1 ~ N(0, 1)
+    bound      = ln p(x | z1, z2) - KL(q(z1 | x, z2) || p(z1)) - KL(q(z2 | x) || p(z2 | mu2)) + ln p(mu2) / N
+    ln q(y|m2) = log softmax over the table's rows j of -|m2 - mu2_j|^2 / (2 * 0.25), at the segment's row y
+    minimised  = -(bound + alpha ln q(y|m2)), mean over the batch; terms: sums over frames, bins, dimensions
+    mu2 of any sequence = sum of m2 over its N segments / (N + 0.25)
+
+Hierarchical sampling (2018), for more utterances than a table can hold. A pass: draw K utterances; fill the
+table with their closed forms, from random segments; train on as many fresh random segments, with the row in
+the table for a label; then draw again. With K (--sequences) of at least the number of utterances it is the
+training of 2017: one row each, random at first, learned throughout.
+
+    symbol        here                    shape        symbol       here            shape or value
+    q(z2 | x)     model.z2_encoder        (B, d2)      M            model.table     (K, d2)
+    q(z1 | x,z2)  model.z1_encoder        (B, d1)      N            segments, n     (K,), (B,)
+    p(x | z1,z2)  model.decoder           (B, T, F)    alpha        cfg.alpha       10
+    B segments, T frames of each, L frames of an utterance, F bins, d1 and d2 sizes of z1 and z2, K rows
+
+Differs from the papers. Of these we had what the authors' two programs do, not the text; sizes, weights and
+schedule are those of the later program.
+D1  The log variance of x is at least -6 (a twentieth of a bin's deviation). There: unbounded, so that in
+    digital silence the likelihood is, too.
+D2  Hann window; magnitude at least 1e-5; no pre-emphasis, which adds a constant to each bin that
+    standardising takes away; deviation of a bin at least 0.01. There: Hamming, e^-50, 0.97, no limit.
+D3  Segments of training are cut from the waveform, with a margin, so that no frame sees an edge; an
+    utterance shorter than a segment is repeated. There: from the spectrogram; short ones are discarded.
+D4  A number of steps. There: until the bound on a development set has not risen for ten times 5000 steps.
+D5  `represent` gives z1 at the MEAN of z2, conversion uses the means of both. One of the programs samples.
+D6  Cosines are of vectors centred on the test set; LDA adds 0.001 of the mean variance to the diagonal; the
+    baseline is the mean log-mel, where the paper has i-vectors.
+D7  Griffin-Lim with momentum. There: up to 1000 plain rounds, and for the later program none.
+Not known to us from the papers
+U1  How the LSTMs start: here Xavier, biases 0, forget gates 1.
+U2  mu1, "the s-vector of z1", is by the same formula, as in the earlier program, though z1 has no such
+    prior.
+
+The log shows log_px, kl_z1, kl_z2, log_pmu2 and the bound in nats a segment, and log_qy: -ln K is chance. A
+model that knows nothing has log_px -5704 (20 frames, 201 bins, a unit Gaussian). In result.json
+metrics.bound is the same of test utterances, metrics.eer the table of the paper, metrics.grid the share of
+the cells (z1 of one segment, z2 of another) that, encoded again, are nearest to what they were made of;
+metrics.log_spectral_distance in dB to the clean utterance, with white noise at 10 dB. The papers' claim:
+mu2 tells unseen speakers apart, mu1 does not, and the more so the larger alpha.
+
+    python fhvae.py                                     a toy corpus, two minutes on two CPU cores
+    python fhvae.py --data DIR --test DIR2              any folder of audio, the authors' size, for a GPU
+    python fhvae.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
+
+Measured MEASURED
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import soundfile as sf
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+@dataclass(frozen=True)
+class Config:
+    """The first twenty fields are common to the six scripts. Comments are the help texts."""
+    data: str = ""               # folder of audio; none: the toy corpus
+    test: str = ""               # another folder, for testing, usually of unseen speakers
+    out: str = ""                # run folder; none: the next free runs/NAME-N
+    speaker: str = r"([^/]+)/"   # regex searched in the path below data; group 1 is the speaker
+    phones: str = ""           # lines "utterance-id label label ..", a label per 10 ms; none: DATA/phones.txt
+    sample_rate: int = 16000     # Hz
+    n_fft: int = 400             # points of the Fourier transform
+    win: int = 400               # samples in an analysis window
+    hop: int = 160               # samples between frames
+    n_mels: int = 80             # mel bands
+    crop: int = 3680             # samples in a training example
+    batch_size: int = 256        # training examples in a batch, on each GPU
+    steps: int = 500_000         # training steps
+    lr: float = 1e-3             # learning rate of Adam
+    seed: int = 0                # of weights, batches and noise
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    bf16: bool = True            # bfloat16 autocast on CUDA
+    probe: int = 1500            # utterances at most to fit the probes on, and to score them on
+    log_every: int = 100         # steps between log lines
+    save_every: int = 5000       # steps between checkpoints
+
+    alpha: float = 10.0          # weight of the discriminative term; 0: the control of the paper's claim
+    sequences: int = 2000        # K, rows of the table; at least as many as there are: no sampling of them
+    hidden: int = 256            # of each LSTM
+    layers: int = 2              # of each LSTM
+    d_z1: int = 32               # size of z1
+    d_z2: int = 32               # size of z2 and of mu2
+    shift: int = 8               # frames from segment to segment where they are counted, and in `represent`
+
+# The same model, narrower, at 8 kHz, for two CPU cores and two minutes.
+TOY = dict(sample_rate=8000, n_fft=200, win=200, hop=80, n_mels=40, crop=1840, batch_size=64, steps=2400,
+           save_every=500, sequences=256, hidden=128, layers=1, d_z2=16)
+TARGET = "recording"             # what convert takes: any recording of the target speaker
+VARIANCE = 0.25                  # of z2 about mu2; z1 and mu2 have variance 1
+
+# ==================== the model ====================
+class Encoder(nn.Module):
+    """x (B, T, F), and for z1 a vector beside every frame, z (B, D) -> mean and log variance (B, D') of the
+    latent, from what an LSTM holds in ALL its layers after the last frame."""
+    def __init__(self, cfg, size, d):
+        super().__init__()
+        self.lstm = lstm(size, cfg)
+        self.mu, self.log_var = (linear(cfg.layers * cfg.hidden, d) for _ in range(2))
+
+    def forward(self, x, z=None):
+        if z is not None:
+            x = torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1)
+        h = self.lstm(x)[1][0]                                               # (layers, B, H)
+        h = h.transpose(0, 1).flatten(1)                     # (B, layers H): of one item, hence the transpose
+        return self.mu(h), self.log_var(h)
+
+class Decoder(nn.Module):
+    """z1 (B, d1), z2 (B, d2) -> mean and log variance (B, T, F) of x. Every step of the LSTM gets the same
+    input, both latents; nothing of its output is fed back."""
+    def __init__(self, cfg, bins):
+        super().__init__()
+        self.lstm = lstm(cfg.d_z1 + cfg.d_z2, cfg)
+        self.mu, self.log_var = (linear(cfg.hidden, bins) for _ in range(2))
+
+    def forward(self, z1, z2, frames):
+        h = self.lstm(torch.cat([z1, z2], -1)[:, None].expand(-1, frames, -1))[0]    # (B, T, H)
+        return self.mu(h), self.log_var(h).clamp(min=-6)                     # D1
+
+class Model(nn.Module):
+    """Two encoders, the decoder, the table of mu2, mean and deviation of each bin; `progress` is the number
+    of the pass and the step at which it began. The number of speakers is of no use here."""
+    def __init__(self, cfg, n_speakers):
+        super().__init__()
+        self.cfg, bins = cfg, cfg.n_fft // 2 + 1
+        self.register_buffer("mean", torch.zeros(bins))
+        self.register_buffer("std", torch.ones(bins))
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
+        self.z2_encoder = Encoder(cfg, bins, cfg.d_z2)
+        self.z1_encoder = Encoder(cfg, bins + cfg.d_z2, cfg.d_z1)
+        self.decoder = Decoder(cfg, bins)
+        self.table = nn.Parameter(torch.randn(cfg.sequences, cfg.d_z2))
+
+    def features(self, wave):
+        """(B, N) -> x (B, L, F), L = 1 + N // hop: the log spectrum, standardised."""
+        return (log_magnitude(wave, self.cfg) - self.mean) / self.std
+
+    def cut(self, x, starts):
+        """x (L, F) -> its segments (n, T, F) from the frames `starts` (n,) on. D3: a short x is repeated."""
+        return x[(starts[:, None] + torch.arange(segment_frames(self.cfg), device=x.device)) % len(x)]
+
+    def encode(self, x):
+        """Segments (n, T, F) -> means of z1 (n, d1) and z2 (n, d2): no sampling, for z1 neither (D5)."""
+        parts = [(x, self.z2_encoder(x)[0]) for x in x.split(2048)]
+        return torch.cat([self.z1_encoder(x, m2)[0] for x, m2 in parts]), torch.cat([m2 for _, m2 in parts])
+
+    def tiles(self, x):
+        """x (L, F) -> segments (n, T, F) end to end; frames that fill no segment are left out."""
+        T = segment_frames(self.cfg)
+        return self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device))
+
+    def summary(self, x):
+        """x (L, F) -> mu1 (d1,) and mu2 (d2,), the s-vector: the closed form over segments end to end, U2."""
+        z1, z2 = self.encode(self.tiles(x))
+        return closed_form(z1.sum(0), len(z1)), closed_form(z2.sum(0), len(z2))
+
+    def rebuild(self, x, shift=0):
+        """x (L, F) -> x^ (L, F), z2 moved by `shift` (d2,): a segment from every frame on, of which the first
+        gives all its frames and every other its last."""
+        T = segment_frames(self.cfg)
+        z1, z2 = self.encode(self.cut(x, torch.arange(max(len(x) - T, 0) + 1, device=x.device)))
+        y = [self.decoder(*z, T)[0] for z in zip(z1.split(2048), (z2 + shift).split(2048))]
+        return torch.cat([y[0][0, :-1], *(part[:, -1] for part in y)])[:len(x)]
+
+    def vocode(self, x):
+        """(B, L, F) -> (B, hop (L - 1)): undoes `features`, with phases by Griffin-Lim (D7)."""
+        return griffin_lim((x * self.std + self.mean).exp(), self.cfg)
+
+def segment_frames(cfg):
+    """T: frames of a crop whose window lies inside it (D3), 20 of 3680 samples; UserError if none."""
+    frames = 1 + cfg.crop // cfg.hop - 2 * math.ceil(cfg.win / 2 / cfg.hop)
+    if frames < 1:
+        raise UserError(f"--crop {cfg.crop}: shorter than a window of {cfg.win} samples; raise it")
+    return frames
+
+def log_magnitude(wave, cfg):
+    """(B, N) -> (B, L, F): natural log of the linear magnitude, at least 1e-5 (d2)."""
+    return stft(wave, cfg).abs().clamp(min=1e-5).log()
+
+def lstm(size, cfg):
+    """U1: Xavier, biases 0, but 1 for the forget gates (they come second of i, f, g, o)."""
+    net = nn.LSTM(size, cfg.hidden, cfg.layers, batch_first=True)
+    for name, p in net.named_parameters():
+        nn.init.xavier_uniform_(p) if p.dim() == 2 else nn.init.zeros_(p)
+        if name.startswith("bias_ih"):
+            nn.init.ones_(p[cfg.hidden:2 * cfg.hidden])
+    return net
+
+def linear(size, d):
+    """A dense layer that begins as the authors': Xavier, bias 0."""
+    net = nn.Linear(size, d)
+    nn.init.xavier_uniform_(net.weight)
+    nn.init.zeros_(net.bias)
+    return net
+
+# ==================== the objective ====================
+def log_normal(x, mu, log_var):
+    """log N(x; mu, exp(log_var)), elementwise."""
+    return -0.5 * (math.log(2 * math.pi) + log_var + (x - mu).square() / log_var.exp())
+
+def kl(mu, log_var, p, variance):
+    """KL(N(mu, exp(log_var)) || N(p, variance)), elementwise."""
+    return 0.5 * (math.log(variance) - log_var - 1 + ((mu - p).square() + log_var.exp()) / variance)
+
+def log_posterior(m2, table):
+    """m2 (B, D), table (K, D) -> (B, K): ln q(y | m2), the log softmax of -|m2 - mu2|^2 / (2 * 0.25). |m2|^2
+    is the same for all rows and cancels, so a matrix product does, instead of (B, K, D)."""
+    return ((m2 @ table.T - table.square().sum(1) / 2) / VARIANCE).log_softmax(-1)
+
+def closed_form(total, n):
+    """The sum of z over n segments -> the maximum of sum ln N(z; mu, 0.25) + ln N(mu; 0, 1)."""
+    return total / (n + VARIANCE)
+
+def objective(model, x, y, n, table):
+    """x (B, T, F), the row y (B,) of each in table (K, d2), N of its sequence n (B,) -> the terms, (B,) each,
+    in nats: sums over frames, bins and dimensions. `bound` is the variational lower bound of the segment."""
+    m2, l2 = (h.float() for h in model.z2_encoder(x))
+    z2 = m2 + (l2 / 2).exp() * torch.randn_like(m2)
+    m1, l1 = (h.float() for h in model.z1_encoder(x, z2))                    # given the SAMPLE of z2
+    z1 = m1 + (l1 / 2).exp() * torch.randn_like(m1)
+    x_mu, x_lv = (h.float() for h in model.decoder(z1, z2, x.shape[1]))
+    mu2 = table[y]
+    terms = {"log_px": log_normal(x, x_mu, x_lv).sum((1, 2)), "kl_z1": kl(m1, l1, 0, 1).sum(1),
+             "kl_z2": kl(m2, l2, mu2, VARIANCE).sum(1),
+             "log_pmu2": log_normal(mu2, 0, torch.zeros_like(mu2)).sum(1)}
+    terms["bound"] = terms["log_px"] - terms["kl_z1"] - terms["kl_z2"] + terms["log_pmu2"] / n
+    with torch.autocast(x.device.type, enabled=False):                       # of the MEAN of z2
+        terms["log_qy"] = log_posterior(m2, table).gather(1, y[:, None])[:, 0]
+    return terms
+
+@torch.no_grad()
+def prepare(model, corpus, cfg):
+    """Before the first step: mean and deviation of every bin over the training utterances; the first pass."""
+    n, total, squares = 0, 0, 0
+    for u in corpus.train:
+        x = log_magnitude(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()      # (L, F)
+        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+    model.mean.copy_(total / n)
+    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())      # D2
+    begin_pass(model, corpus, cfg, 0, 0)
+
+def make_optimizers(model, cfg):
+    """One for the networks and the table; beta1 is the authors'."""
+    return {"model": torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.95, 0.999), fused=True)}
+
+@functools.lru_cache(maxsize=1)
+def draw_pass(corpus, cfg, number):
+    """-> sequences (K,), the utterance of each row of the table in this pass; segments (K,), N of each;
+    order: every row N times, shuffled. A function of (seed, number) alone."""
+    rng, U = np.random.default_rng((cfg.seed, number, 2 ** 31)), len(corpus.train)      # no draw of get_batch
+    sequences = corpus.train if cfg.sequences >= U else rng.choice(corpus.train, cfg.sequences, replace=False)
+    frames = 1 + corpus.length[sequences] // cfg.hop
+    segments = (frames - segment_frames(cfg)).clip(0) // cfg.shift + 1
+    return sequences, segments, rng.permutation(np.repeat(np.arange(len(sequences)), segments))
+
+def draw_segments(model, corpus, cfg, step, draw, utterances):
+    """x (n, T, F): a segment from a random place of each of the n utterances."""
+    x, T = model.features(get_batch(corpus, cfg, step, draw, utterances)["wave"]), segment_frames(cfg)
+    margin = (x.shape[1] - T) // 2
+    return x[:, margin:margin + T]
+
+@torch.no_grad()
+def begin_pass(model, corpus, cfg, number, step):
+    """Hierarchical sampling: the rows of the table pass on to other sequences, each with the closed form of
+    its mu2, from N random segments. A table with a row for every sequence stays: random, then learned."""
+    model.progress.copy_(torch.tensor([number, step]))
+    sequences, segments, _ = draw_pass(corpus, cfg, number)
+    if cfg.sequences < len(corpus.train):
+        total, rows = torch.zeros_like(model.table), np.repeat(np.arange(len(sequences)), segments)
+        for draw, part in enumerate(np.array_split(rows, -(-len(rows) // 2048)), start=1):
+            m2 = model.z2_encoder(draw_segments(model, corpus, cfg, step, draw, sequences[part]))[0]
+            total.index_add_(0, torch.from_numpy(part).to(cfg.device), m2.float())
+        model.table.copy_(closed_form(total, torch.from_numpy(segments).to(cfg.device)[:, None]))
+        if dist.is_initialized():                                     # every GPU drew its own: the average
+            dist.all_reduce(model.table.div_(WORLD))
+
+def train_step(model, optimizers, corpus, step, cfg):
+    """One step on -(bound + alpha ln q(y | m2)): the next batch of the pass, or the first of a new one."""
+    number, first = model.progress.tolist()
+    if (step - first + 1) * WORLD * cfg.batch_size > len(draw_pass(corpus, cfg, number)[2]):
+        number, first = number + 1, step
+        begin_pass(model, corpus, cfg, number, first)
+    sequences, segments, order = draw_pass(corpus, cfg, number)
+    if WORLD * cfg.batch_size > len(order):
+        raise UserError(f"{len(order)} training segments fill no batch; lower --batch-size")
+    rows = order[((step - first) * WORLD + RANK) * cfg.batch_size:][:cfg.batch_size]
+    x = draw_segments(model, corpus, cfg, step, 0, sequences[rows])
+    y, n = (torch.from_numpy(v).to(cfg.device) for v in (rows, segments[rows]))
+    terms = objective(model, x, y, n, model.table[:len(sequences)])
+    loss = -(terms["bound"] + cfg.alpha * terms["log_qy"]).mean()
+    optimizers["model"].zero_grad()
+    loss.backward()
+    optimizers["model"].step()
+    return {"loss": loss.detach(), **{name: term.detach().mean() for name, term in terms.items()}}
+
+# ==================== what it is good for ====================
+@torch.no_grad()
+def represent(model, wave, cfg):
+    """(N,) -> z1 (T', d1) and z2 (T', d2): means of T' = L / shift segments, evenly spread, the first and the
+    last given again where the middle is too near an end; mu2 (d2,), the s-vector."""
+    x, T = model.features(wave[None])[0], segment_frames(cfg)
+    n = math.ceil(len(x) / cfg.shift)                                        # T'
+    middle = ((torch.arange(n, device=x.device) + 0.5) * len(x) / n).long()
+    z1, z2 = model.encode(model.cut(x, (middle - (T - 1) // 2).clamp(0, max(len(x) - T, 0))))
+    return {"z1": z1, "z2": z2, "mu2": model.summary(x)[1]}
+
+@torch.no_grad()
+def convert(model, sources, targets, cfg):
+    """Waves (N,), each with a recording (N',) of any speaker -> waves (N,): z1 is kept, and z2 of every
+    segment moved by mu2 of the target less mu2 of the source. None reconstructs."""
+    waves = []
+    for wave, target in zip(sources, targets):
+        x, shift = model.features(wave[None])[0], 0
+        if target is not None:
+            shift = model.summary(model.features(target[None])[0])[1] - model.summary(x)[1]
+        y = F.pad(model.rebuild(x, shift).T, (0, 1), mode="replicate").T     # a frame more, for N samples
+        waves.append(model.vocode(y[None])[0, :len(wave)])
+    return waves
+
+def lda(x, speaker):
+    """Linear discriminant analysis: x (n, D), speaker (n,) -> (D, D'), the at most 24 directions in which the
+    means of the speakers differ most, measured by how the utterances of one speaker differ."""
+    _, y = speaker.unique(return_inverse=True)
+    means = torch.stack([x[y == s].mean(0) for s in range(y.max() + 1)])     # (S, D)
+    within = (x - means[y]).T @ (x - means[y]) / len(x)
+    within += (1e-3 * within.diagonal().mean() + 1e-6) * torch.eye(len(within), device=x.device)
+    whiten = torch.linalg.cholesky(within.inverse())                         # covariance of x @ whiten: 1
+    directions = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]
+    return whiten @ directions[:min(24, len(means) - 1)].T
+
+def verify(model, corpus, cfg):
+    """The paper's table: equal error rates of mu1, of mu2 and, for a baseline, of the mean log-mel of test
+    utterances, raw and after LDA fitted on the speakers of training utterances."""
+    who, rows, eer = [], [], {}
+    for c, us in (corpus, corpus.train), (corpus.test, corpus.test.held):
+        waves = [c.wave(u).to(cfg.device)[None] for u in us[:cfg.probe]]
+        rows.append([(*model.summary(model.features(w)[0]), log_mel(w, cfg)[0].mean(0)) for w in waves])
+        who.append(torch.from_numpy(c.speaker[us[:cfg.probe]]).to(cfg.device))
+    for name, fit, x in zip(("mu1", "mu2", "log_mel"), *(map(torch.stack, zip(*part)) for part in rows)):
+        eer[name] = equal_error_rate(x, who[1])                              # D6
+        eer[f"{name}_lda"] = equal_error_rate((x - fit.mean(0)) @ lda(fit, who[0]), who[1])
+    return eer
+
+def denoise(model, pool, cfg, out):
+    """At most 16 test utterances with white noise 10 dB below them, converted to a clean recording, another
+    of the speaker if there is; the first is written to out -> mean distance in dB of log spectra from the
+    clean utterance: of the noisy one, of both as the model rebuilds them, and of the conversion."""
+    us, table, generator = pool.held[:16], collections.defaultdict(list), torch.Generator().manual_seed(0)
+    for u in us:
+        same = pool.held[(pool.speaker[pool.held] == pool.speaker[u]) & (pool.held != u)]
+        clean, other = (pool.wave(v).to(cfg.device) for v in (u, same[0] if len(same) else pool.held[0]))
+        noise = torch.randn(len(clean), generator=generator).to(cfg.device)
+        noisy = clean + noise * clean.std() * 10 ** (-10 / 20)
+        x, y, z = (model.features(wave[None])[0] for wave in (clean, noisy, other))
+        made = {"noisy": y, "noisy_rebuilt": model.rebuild(y), "clean_rebuilt": model.rebuild(x),
+                "denoised": model.rebuild(y, model.summary(z)[1] - model.summary(y)[1])}
+        for name, y in made.items():
+            decibel = (y - x) * model.std * 20 / math.log(10)                # (L, F)
+            table[name].append(decibel.square().mean(1).sqrt().mean().item())
+        if u == us[0]:
+            done = model.vocode(made["denoised"][None])[0]
+            for name, wave in {"clean": clean, "noisy": noisy, "denoised": done}.items():
+                write_audio(out / f"noise_{name}.wav", wave, cfg.sample_rate)
+    return {name: sum(values) / len(values) for name, values in table.items()}
+
+@torch.no_grad()
+def sample(model, corpus, cfg, out):
+    """Writes speech from the prior, prior_I.wav; rows of the grid, grid_I.wav: z1 of the middle segment of
+    test utterance I with z2 of those of utterances 0, 1, 2, 3; and what `denoise` does. Returns what `verify`
+    and `denoise` say; terms of the bound, by which the authors stop (D4), in nats a segment, mean over test
+    utterances; and the share of the cells of a grid of at most 16 by 16 that, encoded again, are nearest to
+    the z1, and to the z2, that they were made of."""
+    pool, T, generator, bound = corpus.test, segment_frames(cfg), torch.Generator().manual_seed(0), []
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(cfg.device)
+    speak = lambda name, x: write_audio(out / name, model.vocode(x.flatten(0, 1)[None])[0], cfg.sample_rate)
+    for i in range(3):                                                       # ten segments of one mu2
+        z2 = normal(cfg.d_z2) + VARIANCE ** 0.5 * normal(10, cfg.d_z2)
+        speak(f"prior_{i}.wav", model.decoder(normal(10, cfg.d_z1), z2, T)[0])
+
+    xs = [model.features(pool.wave(u)[None].to(cfg.device))[0] for u in pool.held[:cfg.probe]]
+    place = lambda x: torch.tensor([max(len(x) - T, 0) // 2], device=x.device)
+    middle = torch.cat([model.cut(x, place(x)) for x in xs[:16]])            # (n, T, F)
+    (z1, z2), n = model.encode(middle), len(middle)
+    cells = model.decoder(z1.repeat_interleave(n, 0), z2.repeat(n, 1), T)[0]         # (n n, T, F)
+    for i, row in enumerate(cells.unflatten(0, (n, n))[:4, :4]):
+        speak(f"grid_{i}.wav", row)
+    near1, near2 = (torch.cdist(a, b).argmin(1).view(n, n) for a, b in zip(model.encode(cells), (z1, z2)))
+    index = torch.arange(n, device=cfg.device)
+    grid = {"z1": near1 == index[:, None], "z2": near2 == index}
+    for x in xs:
+        x, mu2 = model.tiles(x), model.summary(x)[1]
+        terms = objective(model, x, torch.zeros_like(x[:, 0, 0]).long(), len(x), mu2[None])
+        bound.append({name: term.mean() for name, term in terms.items() if name != "log_qy"})    # one row: 0
+    return {"eer": verify(model, corpus, cfg), "log_spectral_distance": denoise(model, pool, cfg, out),
+            "bound": {name: torch.stack([b[name] for b in bound]).mean().item() for name in bound[0]},
+            "grid": {name: hit.float().mean().item() for name, hit in grid.items()} | {"chance": 1 / n}}
+
+# ==================== shared: audio ====================
+class UserError(Exception):
+    """What the user can mend: shown as one line, `error: ...`, without a traceback."""
+
+def read_audio(path, sample_rate):
+    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1]. UserError names the file."""
+    try:
+        wave, rate = sf.read(path, dtype="float32", always_2d=True)                  # (N, channels)
+    except (sf.SoundFileError, OSError):
+        what = "not readable as audio" if Path(path).is_file() else "no such file"
+        raise UserError(f"{path}: {what}; give a wav, flac, ogg or mp3 file") from None
+    wave = torch.from_numpy(wave).mean(1)
+    if not len(wave) or not wave.isfinite().all():
+        what = "NaN or infinite samples" if len(wave) else "0 samples"
+        raise UserError(f"{path}: {what}; give another recording")
+    if rate == sample_rate:
+        return wave
+    # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps
+    # the end from wrapping round), cut or extend the spectrum, fade its last 5 % against ringing.
+    period = rate // math.gcd(rate, sample_rate)
+    padded = -(-(len(wave) + rate // 20) // period) * period
+    n = padded * sample_rate // rate
+    spectrum = torch.fft.rfft(wave, padded)[:n // 2 + 1]
+    spectrum *= (torch.arange(len(spectrum), 0, -1) / (0.05 * len(spectrum))).clamp(max=1)
+    return torch.fft.irfft(spectrum, n)[:-(-len(wave) * sample_rate // rate)] * (n / padded)
+
+def audio_files(root):
+    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if none."""
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
+    if not paths:
+        seen = ", ".join(sorted({p.suffix or p.name for p in files})[:5]) or "nothing"
+        what = f"no wav, flac, ogg or mp3 below it, but {seen}" if root.is_dir() else "no such folder"
+        raise UserError(f"{root}: {what}; give a folder of audio")
+    return paths
+
+def write_audio(path, wave, sample_rate):
+    """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
+    except sf.SoundFileError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+# ==================== end shared: audio ====================
+
+# ==================== shared: spectrum ====================
+def stft(wave, cfg):
+    """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop,
+    zeros beyond the ends, F = n_fft // 2 + 1. Its .abs() is the linear magnitude."""
+    window = torch.hann_window(cfg.win, device=wave.device)
+    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant",
+                      return_complex=True).mT
+
+@functools.lru_cache(maxsize=8)
+def mel_filters(cfg, device):
+    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
+    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    top = cfg.sample_rate / 2
+    mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
+    edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
+    low, mid, high = edge[:-2], edge[1:-1], edge[2:]
+    hertz = torch.linspace(0, top, cfg.n_fft // 2 + 1)[:, None]
+    triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float().to(device)
+
+def log_mel(wave, cfg):
+    """(B, N) -> (B, T, n_mels): ln(max(mel magnitude, 1e-5)), in float32 also under autocast."""
+    with torch.autocast(wave.device.type, enabled=False):
+        return (stft(wave, cfg).abs() @ mel_filters(cfg, wave.device)).clamp(min=1e-5).log()
+
+def mel_to_magnitude(mel, cfg):
+    """(B, T, n_mels) mel magnitude, exp of log_mel, -> (B, T, F) linear magnitude, by pseudo-inverse."""
+    return (mel @ torch.linalg.pinv(mel_filters(cfg, mel.device))).clamp(min=0)
+
+def griffin_lim(magnitude, cfg):
+    """(B, T, F) linear magnitude -> (B, hop * (T - 1)) wave: 60 rounds of fast Griffin-Lim with momentum 0.99
+    (Perraudin, Balazs & Sondergaard, WASPAA 2013) from a random but fixed phase."""
+    angle = 2 * math.pi * torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
+    phase, previous = torch.polar(torch.ones_like(angle), angle).to(magnitude.device), 0
+    window = torch.hann_window(cfg.win, device=magnitude.device)
+    inverse = lambda: torch.istft((magnitude * phase).mT, cfg.n_fft, cfg.hop, cfg.win, window)
+    for _ in range(60):
+        rebuilt = stft(inverse(), cfg)
+        phase = rebuilt - 0.99 / 1.99 * previous
+        phase, previous = phase / phase.abs().clamp(min=1e-8), rebuilt
+    return inverse()
+# ==================== end shared: spectrum ====================
+
+# ==================== shared: corpus ====================
+class Corpus:
+    """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
+    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
+    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
+    first `known` speakers."""
+    def __init__(self, folder, cfg, speakers=(), is_test=False):
+        root = Path(folder)
+        paths = audio_files(root)
+        names = [p.relative_to(root).as_posix() for p in paths]
+        try:
+            who = [m and m[1] for m in map(re.compile(cfg.speaker).search, names)]
+        except (re.error, IndexError) as error:
+            raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
+        if None in who:
+            first = paths[who.index(None)]
+            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+        length, self.audio = decode(paths, cfg.sample_rate)
+        good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
+        if len(bad):
+            lost = f"{root}: {len(bad)} of {len(paths)} files unreadable, the first is {paths[bad[0]]}"
+            if len(bad) > 0.1 * len(paths):
+                raise UserError(f"{lost}; mend or remove them")
+            print(f"{lost}; left out")
+        names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
+        self.length, self.start = length[good], (length.cumsum() - length)[good]
+        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
+        self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
+        self.known = len(speakers or self.speakers)
+        self.labels = Path(not is_test and cfg.phones or root / "phones.txt")
+        if cfg.phones and not self.labels.exists() and not is_test:
+            raise UserError(f"--phones {cfg.phones}: no such file")
+        if self.labels.exists() and len({p.stem for p in paths}) < len(paths):
+            raise UserError(f"{root}: two files share a name, by which {self.labels} finds them; rename one")
+        total, count, parts = collections.Counter(who), collections.Counter(), ([], [])
+        order = sorted(range(len(names)), key=lambda u: hashlib.md5(os.fsencode(names[u])).digest())
+        for u in order:                                # the first tenth of a speaker's is held out, never all
+            count[who[u]] += 1
+            parts[is_test or count[who[u]] <= -(-total[who[u]] // 10) < total[who[u]]].append(u)
+        self.train, self.held = (np.array(part, int) for part in parts)
+        minutes, short = length.sum() / cfg.sample_rate / 60, (self.length < cfg.crop).sum()
+        print(f"{root}: {len(names)} utterances, {len(total)} speakers, {minutes:.1f} minutes; {short} "
+              "shorter than a crop are repeated", *map("{} -> {}".format, names[:3], who),
+              sep="\n    ", flush=True)
+        if len(total) < 2 and not is_test:
+            raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; set --speaker, a regex")
+        if not len(self.held):
+            raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
+
+    def wave(self, u):
+        """Utterance u, whole -> (N,) float32 in [-1, 1]."""
+        return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
+
+    def phones(self, utterances):
+        """-> {u: (M,) class of every 10 ms} for those in the label file, read line by line: it is large."""
+        wanted = {self.paths[u].stem: u for u in utterances}
+        lines = map(str.split, open(self.labels if self.labels.exists() else os.devnull))
+        rows = {wanted[words[0]]: words[1:] for words in lines if words and words[0] in wanted}
+        index = {p: i for i, p in enumerate(sorted(set().union(*rows.values())))}
+        return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
+
+@contextlib.contextmanager
+def once(path):
+    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
+    one machine (torchrun) the first writes and the others wait."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+        time.sleep(0.2)
+    if path.exists():
+        yield None
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            yield Path(folder) / path.name
+            if not path.exists():                        # another run may have been faster
+                os.replace(Path(folder) / path.name, path)
+
+def decode(paths, sample_rate):
+    """Decodes each file once, in threads, at most 256 in memory -> (lengths (U,), 0 where unreadable; audio
+    int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
+    stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
+    cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
+
+    def read(path):
+        try:
+            return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
+        except UserError:
+            return np.zeros(0, np.int16)
+    with once(cache) as part:
+        if part:
+            lengths = []
+            with open(part, "wb") as file, ThreadPoolExecutor() as pool:
+                for i in range(0, len(paths), 256):
+                    for wave in pool.map(read, paths[i:i + 256]):
+                        lengths.append(len(wave))
+                        file.write(wave)
+                    print(f"decoded {len(lengths)} of {len(paths)} files", flush=True)
+                file.write(np.array(lengths))
+    audio = np.memmap(cache, np.int16, "c")
+    return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
+
+def load_corpus(cfg, speakers=()):
+    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
+    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
+    corpus = Corpus(data, cfg, speakers)
+    if test:
+        corpus.test = Corpus(test, cfg, corpus.speakers, is_test=True)
+    if cfg.device == "cuda" and corpus.audio.nbytes < torch.cuda.mem_get_info()[0] / 4:
+        corpus.audio = corpus.audio.cuda()
+    return corpus
+
+def get_batch(corpus, cfg, step, draw=0, utterances=None):
+    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
+    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
+    rank) alone."""
+    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    if utterances is None:
+        if len(corpus.train) < cfg.batch_size:
+            raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
+        utterances = corpus.train[rng.choice(len(corpus.train), cfg.batch_size, replace=False)]
+    length = corpus.length[utterances]
+    first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
+    index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
+    wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
+    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+             "utterance": torch.from_numpy(utterances).to(cfg.device)}
+    corpus.seconds += time.perf_counter() - began
+    return batch
+
+def toy_corpus():
+    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
+    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
+    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
+    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
+             "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
+             "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
+             "sh": (300, 1800, 3000, 0, .7), "f": (350, 1100, 6500, 0, .25), "sil": (450, 1400, 2500, 0, 0)}
+    names, table = list(table), np.array(list(table.values()))               # F1, F2, F3 in Hz, voice, noise
+    cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
+    freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
+    voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
+    with once(Path("runs/toy")) as root:
+        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 160)):
+            pitch, tract, tilt, breath, level, offset = voices[s]
+            folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
+            colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
+            colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
+            phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
+            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
+            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
+            f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
+            turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
+            pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / (4 * h) ** 0.5      # h cosines
+            pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                # (F, T)
+                            for x in (pulse, rng.normal(0, 1, len(f0))))
+            ratio = freq[..., None] / (track[:3] * (1.05 - 0.1 * tract)).T   # (F, T, 3)
+            shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
+            shape *= 10 ** colour / (1 + freq / 500) ** (0.3 * tilt + 0.4)
+            source = pulse * (1 - 0.09 * breath ** 2) ** 0.5 + 0.3 * breath * noise
+            mixed = track[3] * shape * source
+            mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
+            wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
+            wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
+            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
+            with open(folder / "phones.txt", "a") as file:
+                print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
+    return "runs/toy/train", "runs/toy/test"
+# ==================== end shared: corpus ====================
+
+# ==================== shared: probe ====================
+def linear_probe(x, y, classes):
+    """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000,
+    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors."""
+    x, y = x[::-(-len(y) // 50_000)], y[::-(-len(y) // 50_000)]
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-5)
+    w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
+    predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
+    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
+        w.grad, = torch.autograd.grad(loss, w)
+        return loss
+    optimizer.step(closure)                                             # gradients also under no_grad
+    return predict
+
+def equal_error_rate(x, speaker):
+    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
+    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
+    None without both kinds."""
+    x = F.normalize(x - x.mean(0), dim=1)
+    a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
+    if not 0 < same.sum() < len(same):
+        return None
+    rejected, accepted = same.cumsum(0) / same.sum(), 1 - (1 - same).cumsum(0) / (1 - same).sum()
+    i = (rejected - accepted).abs().argmin()
+    return ((rejected[i] + accepted[i]) / 2).item()
+
+def stretch(labels, frames, samples, cfg):
+    """(M,) labels, one per 10 ms -> (frames,): the label in the middle of each equal part of `samples`."""
+    at = (np.arange(frames) + 0.5) * samples / frames / cfg.sample_rate * 100
+    return torch.from_numpy(labels[at.astype(int).clip(0, len(labels) - 1)]).to(cfg.device)
+
+def labelled(corpus, utterances, xs, phones, cfg):
+    """Of the (T', D) of each utterance, those with labels -> their frames (n, D) and phones (n,)."""
+    rows = [(x, u) for x, u in zip(xs, utterances) if u in phones]
+    y = [stretch(phones[u], len(x), corpus.length[u], cfg) for x, u in rows]
+    return torch.cat([x for x, _ in rows]), torch.cat(y)
+
+@torch.no_grad()
+def evaluate(model, corpus, cfg):
+    """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
+    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
+    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
+    frequent class); eer on corpus.test."""
+    torch.manual_seed(cfg.seed)
+    untrained = Model(cfg, corpus.known).to(cfg.device)
+    prepare(untrained, corpus, cfg)                                 # the control: everything but the training
+    parts = (corpus, corpus.train), (corpus, corpus.held), (corpus.test, corpus.test.held)
+    parts = [(c, us[:cfg.probe]) for c, us in parts]
+    who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
+    phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
+
+    def accuracy(what, x, y):                                                # x, y: (fit, held)
+        chance[what] = (y[1].bincount().max() / len(y[1])).item()
+        probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
+        return (probe(x[1]).argmax(1) == y[1]).float().mean().item()
+    for source, net in {"log-mel": None, "untrained": untrained.eval(), "": model.eval()}.items():
+        encode = lambda wave: represent(net, wave, cfg) if net else {"": log_mel(wave[None], cfg)[0]}
+        encoded = [[encode(c.wave(u).to(cfg.device)) for u in us] for c, us in parts]
+        for name in encoded[0][0]:
+            x = [[e[name].float() for e in part] for part in encoded]        # (T', D) or (D,) each
+            mean = [torch.stack([v if v.dim() == 1 else v.mean(0) for v in part]) for part in x]
+            row = {"phone": None, "speaker": accuracy("speaker", mean, who)}
+            table[f"{name} {source}".strip()] = row
+            if x[0][0].dim() == 2 and all(not phones.keys().isdisjoint(us) for _, us in parts[:2]):
+                frames = [labelled(c, us, v, phones, cfg) for (c, us), v in zip(parts[:2], x)]
+                row["phone"] = accuracy("phone", *zip(*frames))
+            row["eer"] = equal_error_rate(mean[2], who[2])
+    return {"chance": chance, "representations": table}
+# ==================== end shared: probe ====================
+
+# ==================== shared: listen ====================
+@torch.no_grad()
+def listen(model, corpus, cfg, out):
+    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
+    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
+    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
+    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
+    alone does. None without a TARGET."""
+    pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
+    aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
+    others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
+    pairs = np.array([(u, rng.choice(vs)) for u, vs in others if len(vs)])           # (24, 2): source, target
+    rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
+    if not TARGET or not len(pairs) or not len(rest):
+        return None
+    clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
+    aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
+    copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
+    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
+    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+        who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
+        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+    phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
+    hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
+    mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
+    heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
+    judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
+    can_spell = not phones.keys().isdisjoint(rest)
+    if can_spell:
+        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+
+    def verdict(name):
+        mels = [hear(w) for w in waves[name]]
+        heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
+        kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
+        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
+        kept = torch.cat(kept).float().mean().item() if kept else None
+        return {"target": target, "source": source, "phones": kept}
+    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
+            "copy": verdict("copy")}
+# ==================== end shared: listen ====================
+
+# ==================== shared: main ====================
+NAME = Path(__file__).stem
+CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
+
+def parse(argv):
+    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: exit 2."""
+    file_modes = ("checkpoint", "source", "output")
+    needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
+    mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
+    parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
+                                     description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see python {NAME}.py --help\n")
+    boolean = lambda text: ("false", "true").index(text.lower()) == 1
+    notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
+    for f in fields(Config):
+        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+        parser.add_argument(*names, dest=f.name, nargs="?" if f.name == "data" else None,   # alone: the toy
+                            type={bool: boolean, int: int, float: float}.get(f.type, str),
+                            choices=get_args(f.type) or None,
+                            help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
+    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
+                       "target": TARGET or "not used here", "output": "what to write"}.items():
+        parser.add_argument(f"--{name}", help=note)
+    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
+                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
+        parser.add_argument(f"--{name}", help=note, action="store_true")
+    flags = parser.parse_args(argv)
+    given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
+    for name, value in given.items():
+        zero = value == 0 and (name == "seed" or type(value) is float)
+        if type(value) in (int, float) and not (zero or 0 < value < math.inf):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    for name in (*needs[mode], *["out"] * flags.resume):
+        if not getattr(flags, name):
+            parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
+    return mode, given, flags
+
+def save(path, model, optimizers, step, cfg, speakers):
+    """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
+                        "speakers": speakers, "model": model.state_dict(),
+                        "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except RuntimeError as error:
+        raise error.__context__ or error                 # torch wraps what the disk said
+    finally:
+        part.unlink(missing_ok=True)
+
+def load(path, **overrides):
+    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
+    file = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"{file}: no such checkpoint; give a run folder or its model.pt")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        script, saved = checkpoint["script"], checkpoint["config"]
+    except Exception:                                                   # whatever torch makes of a wrong file
+        raise UserError(f"{file}: not a checkpoint, or a damaged one; give another") from None
+    if script != NAME:
+        raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
+    try:
+        cfg = resolve(Config(**saved | overrides))
+        model = Model(cfg, len(checkpoint["speakers"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, KeyError, RuntimeError):
+        raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
+    return model.to(cfg.device).eval(), cfg, checkpoint
+
+def resolve(cfg):
+    """cfg with its device decided."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; leave the flag out")
+    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+def train(given, flags):
+    """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
+    began, checkpoint = time.time(), None
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
+    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
+    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    if flags.resume and (out / "model.pt").exists():
+        model, cfg, checkpoint = load(out, **given)
+    elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
+    else:
+        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    corpus = load_corpus(cfg)
+    torch.manual_seed(cfg.seed)
+    if not checkpoint:
+        model = Model(cfg, corpus.known).to(cfg.device)
+        prepare(model, corpus, cfg)
+    elif checkpoint["speakers"] != corpus.speakers:
+        raise UserError(f"{cfg.data}: not the speakers that {out} was trained on; choose another --out")
+    optimizers = make_optimizers(model, cfg)
+    for name in optimizers if checkpoint else ():
+        optimizers[name].load_state_dict(checkpoint["optimizers"][name])
+    if WORLD > 1:                                                 # one start; then every gradient is averaged
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
+    out.mkdir(parents=True, exist_ok=True)
+    done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
+
+    def ask(number, _):                                              # asked once: after this step; twice: now
+        stop.append(signal.signal(number, signal.default_int_handler))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    for step in range(done, cfg.steps):
+        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
+        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
+                            cache_enabled=False):                 # its copies of weights could outlive a step
+            window.append(train_step(model.train(), optimizers, corpus, step, cfg))
+        finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
+        bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device
+        end = done == cfg.steps or bool(stop)
+        if done % cfg.log_every == 0 or end:
+            spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
+            log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
+            log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
+                    "data_share": corpus.seconds / len(window) / spent,
+                    "seconds_left": (cfg.steps - done) * spent}
+            print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
+            with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
+                print(json.dumps({"step": done} | log), file=file)
+            window, last, corpus.seconds = [], time.time(), 0.0
+        if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
+            raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
+        sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
+        if sound and all(t.isfinite().all() for t in model.state_dict().values()):
+            save(out / "model.pt", model, optimizers, done, cfg, corpus.speakers)
+        if end and stop:
+            raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if not RANK:
+        report(model, corpus, cfg, out, done, began)
+
+def report(model, corpus, cfg, out, steps, began):
+    """Measures everything -> out/result.json, out/samples and the table on the screen."""
+    print("measuring what the representations know and what conversion does", flush=True)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
+    speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
+              "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
+              "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
+                       "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
+              "steps": steps, "torch": torch.__version__,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
+              "conversion": listen(model, corpus, cfg, out / "samples"),
+              "metrics": sample(model, corpus, cfg, out / "samples")}
+    result["seconds"] = round(time.time() - began, 1)
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
+    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    for name, row in {"chance": result["chance"], **result["representations"]}.items():
+        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
+    for name in ("conversion", "metrics"):
+        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
+        print(f"{name}: {json.dumps(short)}")
+    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+
+def main(argv):
+    """Runs one mode -> exit code."""
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        mode, given, flags = parse(argv)
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if mode == "train":
+            train(given, flags)
+            return 0
+        output = Path(flags.output or tempfile.mkdtemp())
+        if flags.output and output.exists() and not flags.overwrite:
+            raise UserError(f"{output}: exists; add --overwrite to replace it")
+        if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
+            raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
+        began = time.time()
+        fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
+        model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
+
+        def read(path):
+            wave = read_audio(path, cfg.sample_rate).to(cfg.device)
+            if len(wave) < cfg.win or wave.abs().max() < 1e-4:
+                what = "silence" if len(wave) >= cfg.win else f"shorter than a window of {cfg.win} samples"
+                raise UserError(f"{path}: {what}; give another recording")
+            return wave
+        files = lambda root: audio_files(root) if root.is_dir() else [root]
+        if mode == "evaluate":
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+        elif mode == "convert":
+            target, speakers = flags.target or None, checkpoint["speakers"]
+            if target and not TARGET:
+                raise UserError(f"--target: {NAME}.py does not convert between speakers; leave it out")
+            if target and TARGET == "recording":            # several of one speaker, one after another
+                target = torch.cat([read(path) for path in files(Path(target))])
+            elif target and target not in speakers:
+                raise UserError(f"--target {target}: unknown; the model knows {', '.join(speakers[:40])}")
+            elif target:
+                target = speakers.index(target)
+            write_audio(output, convert(model, [read(flags.source)], [target], cfg)[0], cfg.sample_rate)
+        else:
+            root, lost = Path(flags.source), []
+            for path in files(root):
+                file = output / path.relative_to(root if root.is_dir() else root.parent)
+                try:
+                    for name, x in represent(model, read(path), cfg).items():
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        np.save(file.with_suffix(f".{name}.npy"), x.float().cpu().numpy())
+                except UserError as error:
+                    lost.append(error)
+            if lost:
+                raise UserError(f"{len(lost)} files could not be encoded, the first: {lost[0]}")
+        return 0
+    except UserError as error:
+        message = error
+    except torch.cuda.OutOfMemoryError:
+        message = "out of GPU memory; lower --batch-size or --crop"
+    except OSError as error:
+        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except KeyboardInterrupt:
+        return 130
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    return 1
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+# ==================== end shared: main ====================
