@@ -35,18 +35,20 @@ training of 2017: one row each, random at first, learned throughout.
     p(x | z1,z2)  model.decoder           (B, T, F)    alpha        cfg.alpha       10
     B segments, T frames of each, L frames of an utterance, F bins, d1 and d2 sizes of z1 and z2, K rows
 
-Differs from the papers. Of these we had what the authors' two programs do, not the text; sizes, weights and
-schedule are those of the later program.
+Differs from the papers. Of the papers we had the abstracts and what the authors' two published programs do,
+not the text; sizes, weights and schedule are those of the later program.
 D1  The log variance of x is at least -6 (a twentieth of a bin's deviation). There: unbounded, so that in
     digital silence the likelihood is, too.
 D2  Hann window; magnitude at least 1e-5; no pre-emphasis, which adds a constant to each bin that
     standardising takes away; deviation of a bin at least 0.01. There: Hamming, e^-50, 0.97, no limit.
-D3  Segments of training are cut from the waveform, with a margin, so that no frame sees an edge; an
-    utterance shorter than a segment is repeated. There: from the spectrogram; short ones are discarded.
+D3  Segments of training are cut from the waveform, with a margin, so that no frame sees an edge (in whole
+    utterances the first and last do); an utterance shorter than that crop is repeated. There: from the
+    spectrogram; utterances shorter than a segment are discarded.
 D4  A number of steps. There: until the bound on a development set has not risen for ten times 5000 steps.
 D5  `represent` gives z1 at the MEAN of z2, conversion uses the means of both. One of the programs samples.
-D6  Cosines are of vectors centred on the test set; LDA adds 0.001 of the mean variance to the diagonal; the
-    baseline is the mean log-mel, where the paper has i-vectors.
+D6  Cosines are of vectors centred on the test set; LDA goes to 24 dimensions at most, where the paper also
+    has 12, and adds 0.001 of the mean variance to the diagonal; the baseline is the mean log-mel, not
+    i-vectors.
 D7  Griffin-Lim with momentum. There: up to 1000 plain rounds, and for the later program none.
 Not known to us from the papers
 U1  How the LSTMs start: here Xavier, biases 0, forget gates 1.
@@ -55,10 +57,10 @@ U2  mu1, "the s-vector of z1", is by the same formula, as in the earlier program
 
 The log shows log_px, kl_z1, kl_z2, log_pmu2 and the bound in nats a segment, and log_qy: -ln K is chance. A
 model that knows nothing has log_px -5704 (20 frames, 201 bins, a unit Gaussian). In result.json
-metrics.bound is the same of test utterances, metrics.eer the table of the paper, metrics.grid the share of
-the cells (z1 of one segment, z2 of another) that, encoded again, are nearest to what they were made of;
-metrics.log_spectral_distance in dB to the clean utterance, with white noise at 10 dB. The papers' claim:
-mu2 tells unseen speakers apart, mu1 does not, and the more so the larger alpha.
+metrics.bound is the same of test segments, metrics.eer the paper's table for this alpha, metrics.grid the
+share of the cells (z1 of one segment, z2 of another) that, encoded again, are nearest to what they were
+made of; metrics.log_spectral_distance in dB to the clean utterance, with white noise at 10 dB. The papers'
+claim: mu2 tells unseen speakers apart, mu1 does not, and the more so the larger alpha.
 
     python fhvae.py                                     a toy corpus, two minutes on two CPU cores
     python fhvae.py --data DIR --test DIR2              any folder of audio, the authors' size, for a GPU
@@ -127,7 +129,7 @@ class Config:
 
 # The same model, narrower, at 8 kHz, for two CPU cores and two minutes.
 TOY = dict(sample_rate=8000, n_fft=200, win=200, hop=80, n_mels=40, crop=1840, batch_size=64, steps=2400,
-           save_every=500, sequences=256, hidden=128, layers=1, d_z2=16)
+           save_every=500, sequences=256, hidden=128, layers=1)
 TARGET = "recording"             # what convert takes: any recording of the target speaker
 VARIANCE = 0.25                  # of z2 about mu2; z1 and mu2 have variance 1
 
@@ -182,9 +184,9 @@ class Model(nn.Module):
         return x[(starts[:, None] + torch.arange(segment_frames(self.cfg), device=x.device)) % len(x)]
 
     def encode(self, x):
-        """Segments (n, T, F) -> means of z1 (n, d1) and z2 (n, d2): no sampling, for z1 neither (D5)."""
-        parts = [(x, self.z2_encoder(x)[0]) for x in x.split(2048)]
-        return torch.cat([self.z1_encoder(x, m2)[0] for x, m2 in parts]), torch.cat([m2 for _, m2 in parts])
+        """Segments (n, T, F) -> means of z1 (n, d1) and z2 (n, d2). D5: z1 is given the mean of z2."""
+        z2 = self.z2_encoder(x)[0]
+        return self.z1_encoder(x, z2)[0], z2
 
     def tiles(self, x):
         """x (L, F) -> segments (n, T, F) end to end; frames that fill no segment are left out."""
@@ -192,31 +194,34 @@ class Model(nn.Module):
         return self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device))
 
     def summary(self, x):
-        """x (L, F) -> mu1 (d1,) and mu2 (d2,), the s-vector: the closed form over segments end to end, U2."""
+        """x (L, F) -> mu1 (d1,), U2, and mu2 (d2,), the s-vector: closed forms over segments end to end."""
         z1, z2 = self.encode(self.tiles(x))
         return closed_form(z1.sum(0), len(z1)), closed_form(z2.sum(0), len(z2))
 
     def rebuild(self, x, shift=0):
         """x (L, F) -> x^ (L, F), z2 moved by `shift` (d2,): a segment from every frame on, of which the first
         gives all its frames and every other its last."""
-        T = segment_frames(self.cfg)
-        z1, z2 = self.encode(self.cut(x, torch.arange(max(len(x) - T, 0) + 1, device=x.device)))
-        y = [self.decoder(*z, T)[0] for z in zip(z1.split(2048), (z2 + shift).split(2048))]
-        return torch.cat([y[0][0, :-1], *(part[:, -1] for part in y)])[:len(x)]
+        T, frames = segment_frames(self.cfg), []
+        for starts in torch.arange(max(len(x) - T, 0) + 1, device=x.device).split(2048):
+            z1, z2 = self.encode(self.cut(x, starts))
+            y = self.decoder(z1, z2 + shift, T)[0]                           # (2048, T, F)
+            frames += [y[:, -1]] if frames else [y[0, :-1], y[:, -1]]
+        return torch.cat(frames)[:len(x)]
 
-    def vocode(self, x):
-        """(B, L, F) -> (B, hop (L - 1)): undoes `features`, with phases by Griffin-Lim (D7)."""
-        return griffin_lim((x * self.std + self.mean).exp(), self.cfg)
+    def vocode(self, x, samples):
+        """(L, F) -> (samples,), at most hop L: undoes `features`, with phases by Griffin-Lim (D7)."""
+        x = F.pad((x * self.std + self.mean).T, (0, 1), mode="replicate").T  # one more, for the last samples
+        return griffin_lim(x.exp()[None], self.cfg)[0, :samples]
 
 def segment_frames(cfg):
     """T: frames of a crop whose window lies inside it (D3), 20 of 3680 samples; UserError if none."""
     frames = 1 + cfg.crop // cfg.hop - 2 * math.ceil(cfg.win / 2 / cfg.hop)
     if frames < 1:
-        raise UserError(f"--crop {cfg.crop}: shorter than a window of {cfg.win} samples; raise it")
+        raise UserError(f"--crop {cfg.crop}: no frame has its whole window in it; raise it")
     return frames
 
 def log_magnitude(wave, cfg):
-    """(B, N) -> (B, L, F): natural log of the linear magnitude, at least 1e-5 (d2)."""
+    """(B, N) -> (B, L, F): natural log of the linear magnitude, at least 1e-5 (D2)."""
     return stft(wave, cfg).abs().clamp(min=1e-5).log()
 
 def lstm(size, cfg):
@@ -289,7 +294,7 @@ def make_optimizers(model, cfg):
 def draw_pass(corpus, cfg, number):
     """-> sequences (K,), the utterance of each row of the table in this pass; segments (K,), N of each;
     order: every row N times, shuffled. A function of (seed, number) alone."""
-    rng, U = np.random.default_rng((cfg.seed, number, 2 ** 31)), len(corpus.train)      # no draw of get_batch
+    rng, U = np.random.default_rng((cfg.seed, number, 2 ** 31)), len(corpus.train)  # not a key of get_batch
     sequences = corpus.train if cfg.sequences >= U else rng.choice(corpus.train, cfg.sequences, replace=False)
     frames = 1 + corpus.length[sequences] // cfg.hop
     segments = (frames - segment_frames(cfg)).clip(0) // cfg.shift + 1
@@ -309,9 +314,10 @@ def begin_pass(model, corpus, cfg, number, step):
     sequences, segments, _ = draw_pass(corpus, cfg, number)
     if cfg.sequences < len(corpus.train):
         total, rows = torch.zeros_like(model.table), np.repeat(np.arange(len(sequences)), segments)
-        for draw, part in enumerate(np.array_split(rows, -(-len(rows) // 2048)), start=1):
-            m2 = model.z2_encoder(draw_segments(model, corpus, cfg, step, draw, sequences[part]))[0]
-            total.index_add_(0, torch.from_numpy(part).to(cfg.device), m2.float())
+        for i in range(0, len(rows), 2048):                                  # draw 0 is train_step's
+            y = rows[i:i + 2048]
+            m2 = model.z2_encoder(draw_segments(model, corpus, cfg, step, 1 + i, sequences[y]))[0]
+            total.index_add_(0, torch.from_numpy(y).to(cfg.device), m2.float())
         model.table.copy_(closed_form(total, torch.from_numpy(segments).to(cfg.device)[:, None]))
         if dist.is_initialized():                                     # every GPU drew its own: the average
             dist.all_reduce(model.table.div_(WORLD))
@@ -324,7 +330,7 @@ def train_step(model, optimizers, corpus, step, cfg):
         begin_pass(model, corpus, cfg, number, first)
     sequences, segments, order = draw_pass(corpus, cfg, number)
     if WORLD * cfg.batch_size > len(order):
-        raise UserError(f"{len(order)} training segments fill no batch; lower --batch-size")
+        raise UserError(f"{len(order)} segments fill no batch; lower --batch-size or raise --sequences")
     rows = order[((step - first) * WORLD + RANK) * cfg.batch_size:][:cfg.batch_size]
     x = draw_segments(model, corpus, cfg, step, 0, sequences[rows])
     y, n = (torch.from_numpy(v).to(cfg.device) for v in (rows, segments[rows]))
@@ -355,32 +361,33 @@ def convert(model, sources, targets, cfg):
         x, shift = model.features(wave[None])[0], 0
         if target is not None:
             shift = model.summary(model.features(target[None])[0])[1] - model.summary(x)[1]
-        y = F.pad(model.rebuild(x, shift).T, (0, 1), mode="replicate").T     # a frame more, for N samples
-        waves.append(model.vocode(y[None])[0, :len(wave)])
+        waves.append(model.vocode(model.rebuild(x, shift), len(wave)))
     return waves
 
 def lda(x, speaker):
     """Linear discriminant analysis: x (n, D), speaker (n,) -> (D, D'), the at most 24 directions in which the
     means of the speakers differ most, measured by how the utterances of one speaker differ."""
-    _, y = speaker.unique(return_inverse=True)
+    x, (_, y) = x.double(), speaker.unique(return_inverse=True)
     means = torch.stack([x[y == s].mean(0) for s in range(y.max() + 1)])     # (S, D)
-    within = (x - means[y]).T @ (x - means[y]) / len(x)
-    within += (1e-3 * within.diagonal().mean() + 1e-6) * torch.eye(len(within), device=x.device)
-    whiten = torch.linalg.cholesky(within.inverse())                         # covariance of x @ whiten: 1
+    within = (x - means[y]).T @ (x - means[y]) / len(x)                      # D6: kept away from singular
+    within += (1e-3 * within.diagonal().mean() + 1e-6) * torch.eye(len(within)).to(within)
+    variance, axes = torch.linalg.eigh(within)
+    whiten = axes * variance.rsqrt()                                         # x @ whiten: covariance 1 within
     directions = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]
-    return whiten @ directions[:min(24, len(means) - 1)].T
+    return (whiten @ directions[:min(24, len(means) - 1)].T).float()
 
 def verify(model, corpus, cfg):
     """The paper's table: equal error rates of mu1, of mu2 and, for a baseline, of the mean log-mel of test
     utterances, raw and after LDA fitted on the speakers of training utterances."""
-    who, rows, eer = [], [], {}
-    for c, us in (corpus, corpus.train), (corpus.test, corpus.test.held):
-        waves = [c.wave(u).to(cfg.device)[None] for u in us[:cfg.probe]]
-        rows.append([(*model.summary(model.features(w)[0]), log_mel(w, cfg)[0].mean(0)) for w in waves])
-        who.append(torch.from_numpy(c.speaker[us[:cfg.probe]]).to(cfg.device))
-    for name, fit, x in zip(("mu1", "mu2", "log_mel"), *(map(torch.stack, zip(*part)) for part in rows)):
-        eer[name] = equal_error_rate(x, who[1])                              # D6
-        eer[f"{name}_lda"] = equal_error_rate((x - fit.mean(0)) @ lda(fit, who[0]), who[1])
+    who, parts, eer = [], [], {}
+    for c, us in (corpus, corpus.train[:cfg.probe]), (corpus.test, corpus.test.held[:cfg.probe]):
+        waves = (c.wave(u).to(cfg.device)[None] for u in us)
+        rows = [(*model.summary(model.features(w)[0]), log_mel(w, cfg)[0].mean(0)) for w in waves]
+        parts.append([torch.stack(column) for column in zip(*rows)])         # mu1, mu2, log-mel: (n, D) each
+        who.append(torch.from_numpy(c.speaker[us]).to(cfg.device))
+    for name, fit, x in zip(("mu1", "mu2", "log_mel"), *parts):
+        eer[name] = equal_error_rate(x, who[1])                              # D6: it centres them
+        eer[f"{name}_lda"] = equal_error_rate(x @ lda(fit, who[0]), who[1])
     return eer
 
 def denoise(model, pool, cfg, out):
@@ -389,18 +396,19 @@ def denoise(model, pool, cfg, out):
     clean utterance: of the noisy one, of both as the model rebuilds them, and of the conversion."""
     us, table, generator = pool.held[:16], collections.defaultdict(list), torch.Generator().manual_seed(0)
     for u in us:
-        same = pool.held[(pool.speaker[pool.held] == pool.speaker[u]) & (pool.held != u)]
-        clean, other = (pool.wave(v).to(cfg.device) for v in (u, same[0] if len(same) else pool.held[0]))
+        others = pool.held[pool.held != u]
+        same = others[pool.speaker[others] == pool.speaker[u]]
+        clean, other = (pool.wave(i).to(cfg.device) for i in (u, [*same, *others, u][0]))
         noise = torch.randn(len(clean), generator=generator).to(cfg.device)
         noisy = clean + noise * clean.std() * 10 ** (-10 / 20)
         x, y, z = (model.features(wave[None])[0] for wave in (clean, noisy, other))
         made = {"noisy": y, "noisy_rebuilt": model.rebuild(y), "clean_rebuilt": model.rebuild(x),
                 "denoised": model.rebuild(y, model.summary(z)[1] - model.summary(y)[1])}
-        for name, y in made.items():
-            decibel = (y - x) * model.std * 20 / math.log(10)                # (L, F)
+        for name, made_x in made.items():
+            decibel = (made_x - x) * model.std * 20 / math.log(10)           # (L, F)
             table[name].append(decibel.square().mean(1).sqrt().mean().item())
         if u == us[0]:
-            done = model.vocode(made["denoised"][None])[0]
+            done = model.vocode(made["denoised"], len(clean))
             for name, wave in {"clean": clean, "noisy": noisy, "denoised": done}.items():
                 write_audio(out / f"noise_{name}.wav", wave, cfg.sample_rate)
     return {name: sum(values) / len(values) for name, values in table.items()}
@@ -409,32 +417,36 @@ def denoise(model, pool, cfg, out):
 def sample(model, corpus, cfg, out):
     """Writes speech from the prior, prior_I.wav; rows of the grid, grid_I.wav: z1 of the middle segment of
     test utterance I with z2 of those of utterances 0, 1, 2, 3; and what `denoise` does. Returns what `verify`
-    and `denoise` say; terms of the bound, by which the authors stop (D4), in nats a segment, mean over test
-    utterances; and the share of the cells of a grid of at most 16 by 16 that, encoded again, are nearest to
-    the z1, and to the z2, that they were made of."""
+    and `denoise` say; terms of the bound, by which the authors stop (D4), in nats, mean over the segments of
+    test utterances; and the share of the cells of a grid of at most 16 by 16 that, encoded again, are nearest
+    to the z1, and to the z2, that they were made of."""
     pool, T, generator, bound = corpus.test, segment_frames(cfg), torch.Generator().manual_seed(0), []
     normal = lambda *shape: torch.randn(shape, generator=generator).to(cfg.device)
-    speak = lambda name, x: write_audio(out / name, model.vocode(x.flatten(0, 1)[None])[0], cfg.sample_rate)
+    features = lambda u: model.features(pool.wave(u)[None].to(cfg.device))[0]
+
+    def speak(name, x):                                                      # (n, T, F), one after another
+        wave = model.vocode(x.flatten(0, 1), cfg.hop * T * len(x))
+        write_audio(out / name, wave, cfg.sample_rate)
     for i in range(3):                                                       # ten segments of one mu2
         z2 = normal(cfg.d_z2) + VARIANCE ** 0.5 * normal(10, cfg.d_z2)
         speak(f"prior_{i}.wav", model.decoder(normal(10, cfg.d_z1), z2, T)[0])
 
-    xs = [model.features(pool.wave(u)[None].to(cfg.device))[0] for u in pool.held[:cfg.probe]]
-    place = lambda x: torch.tensor([max(len(x) - T, 0) // 2], device=x.device)
-    middle = torch.cat([model.cut(x, place(x)) for x in xs[:16]])            # (n, T, F)
-    (z1, z2), n = model.encode(middle), len(middle)
+    xs = [features(u) for u in pool.held[:16]]
+    middle = [model.cut(x, torch.tensor([max(len(x) - T, 0) // 2], device=x.device)) for x in xs]
+    (z1, z2), n = model.encode(torch.cat(middle)), len(xs)
     cells = model.decoder(z1.repeat_interleave(n, 0), z2.repeat(n, 1), T)[0]         # (n n, T, F)
     for i, row in enumerate(cells.unflatten(0, (n, n))[:4, :4]):
         speak(f"grid_{i}.wav", row)
     near1, near2 = (torch.cdist(a, b).argmin(1).view(n, n) for a, b in zip(model.encode(cells), (z1, z2)))
     index = torch.arange(n, device=cfg.device)
     grid = {"z1": near1 == index[:, None], "z2": near2 == index}
-    for x in xs:
-        x, mu2 = model.tiles(x), model.summary(x)[1]
-        terms = objective(model, x, torch.zeros_like(x[:, 0, 0]).long(), len(x), mu2[None])
-        bound.append({name: term.mean() for name, term in terms.items() if name != "log_qy"})    # one row: 0
+    for x in map(features, pool.held[:cfg.probe]):
+        segments, mu2 = model.tiles(x), model.summary(x)[1]
+        y = torch.zeros(len(segments), dtype=torch.int64, device=x.device)   # a table of one row
+        bound.append(objective(model, segments, y, len(segments), mu2[None]))
+    names = ("bound", "log_px", "kl_z1", "kl_z2", "log_pmu2")
     return {"eer": verify(model, corpus, cfg), "log_spectral_distance": denoise(model, pool, cfg, out),
-            "bound": {name: torch.stack([b[name] for b in bound]).mean().item() for name in bound[0]},
+            "bound": {name: torch.cat([b[name] for b in bound]).mean().item() for name in names},
             "grid": {name: hit.float().mean().item() for name, hit in grid.items()} | {"chance": 1 / n}}
 
 # ==================== shared: audio ====================
