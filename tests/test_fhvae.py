@@ -62,7 +62,7 @@ LENGTHS = (5000, 2400, 1200, 6000, 3000, 9000, 2000, 4000, 7000)
 
 def started(corpus, **options):
     cfg = v.Config(**TINY | options)
-    model = v.Model(cfg, 3)
+    model = v.Model(cfg, 3).to(cfg.device)
     v.prepare(model, corpus, cfg)
     return model, v.make_optimizers(model, cfg), cfg
 
@@ -827,6 +827,8 @@ def test_cuda_equals_cpu():
     got = model.cuda().encode(x.cuda())
     for a, b in zip(got, expected):
         close(a.cpu(), b, 1e-3)
-    with torch.autocast("cuda", torch.bfloat16):
-        terms = v.objective(model, x.cuda(), torch.arange(4, device="cuda"), 5, model.table)
-    assert all(term.dtype == torch.float32 and term.isfinite().all() for term in terms.values())
+    corpus = Stub(LENGTHS)
+    model, optimizers, cfg = started(corpus, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):                             # switched off inside
+        log = v.train_step(model, optimizers, corpus, 0, cfg)
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in log.values())
