@@ -93,6 +93,7 @@ poorly: LibriSpeech 17 % as the target of 51, 0 % as the source (copies 58 % as 
 at 16 kHz); words 29 and 38 % (88 %).
 Noise (white, 10 dB, none in training): toy 25.1 dB from the clean one, rebuilt 25.9, converted 22.3, a
 clean one rebuilt 6.3; LibriSpeech 24.0, 24.0, 17.5, 6.9.
+A step of the authors' size, K = 2000, takes 1.17 s on one thread: 99 % the networks, 0.3 % ln q(y|m2).
 """
 import argparse
 import collections
