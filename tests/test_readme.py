@@ -31,12 +31,12 @@ def render():
     groups, parts = {}, []
     for path in sorted((ROOT / "tests" / "results").glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
         run = json.loads(path.read_text())
-        groups.setdefault((run["script"], run["data"]["folder"]), []).append(run)
+        groups.setdefault((run["script"], run["data"]["folder"], run["config"]["sample_rate"]), []).append(run)
     percent = lambda value: "" if value is None else f"{value:.1%}"
-    for (script, folder), runs in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
-        data, config = runs[0]["data"], runs[0]["config"]
+    for (script, folder, rate), runs in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
+        data = runs[0]["data"]
         parts += [f"### `{script}.py` on {folder}", "", f"{data['minutes']} minutes of {data['speakers']} speakers, at "
-                  f"{config['sample_rate']} Hz.", "", "| run | | phone | speaker | EER |", "|---|---|---|---|---|"]
+                  f"{rate} Hz.", "", "| run | | phone | speaker | EER |", "|---|---|---|---|---|"]
         for run in runs:
             rows = {"chance": run["chance"]} | run["representations"]
             rows = rows if run is runs[0] else {k: row for k, row in rows.items() if k not in ("chance", "log-mel")}
