@@ -33,7 +33,7 @@ def bare_adversarial_vc(model, cfg, x):
 
 
 def bare_fhvae(model, cfg, x):
-    x = x[:, 2:-1]
+    x = x[:, 2:-1]                                       # 23 frames of a crop -> the 20 of a segment
     z2 = model.z2_encoder(x)
     z1 = model.z1_encoder(x, z2[0])
     sum(h.mean() for h in (*z1, *z2, *model.decoder(z1[0], z2[0], x.shape[1]))).backward()
@@ -56,7 +56,7 @@ def parts_adversarial_vc(script, model, optimizers, cfg, x):
 
 
 BARE = {"adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
-PARTS = {"adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # steps that a step of training is made of, each timed by itself
+PARTS = {"adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # what training is made of, each timed by itself
 
 
 def bench(name, config, device, batch_size):
