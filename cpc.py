@@ -1,5 +1,74 @@
 # SPDX-License-Identifier: MIT
-"""CPC.
+"""CPC: what is said is what helps to predict the future; and speech again from its discrete units.
+
+van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv:1807.03748;
+and Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Representations",
+Interspeech 2021, arXiv:2104.00355.
+
+The idea. An encoder turns 10 ms of waveform into a vector z, a recurrent network sums up all z so far in c,
+and from c the z of the next 12 frames are predicted. To predict is to pick the true future among others,
+not to draw it, so nothing forces the model to keep what cannot be predicted, such as noise, or need not be.
+WHICH others decides what is learned: against frames of other speakers it is enough to know the voice,
+against frames of the same utterance the voice is of no use and what is left is what is said. There is no
+decoder. To hear what c holds, it is clustered into discrete units, and a decoder, trained with all else
+frozen, turns units, F0 and speaker into speech; another speaker, and the voice is converted.
+
+    wave (B, N) -> 5 convolutions, strides 5 4 2 2 2 (TOY: the first 4, at 8 kHz) -> z (B, T, C), T = N / 160
+    z -> GRU -> c (B, T, D)           c -> W_1 .. W_K: (B, T, K, C), predictions of z_{t+1} .. z_{t+K}
+    c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      table -> speaker (B, E)
+    embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
+
+    f_k(x_{t+k}, c_t) = exp(z_{t+k} W_k c_t)                                                        Eq. (3)
+    L_k = - E log f_k(x_{t+k}, c_t) / sum over N candidates x_j of f_k(x_j, c_t)                    Eq. (4)
+    log N - L_k, in nats, is at most log N and bounds the mutual information of x_{t+k} and c_t from below
+    if candidates are independent, which neighbours in time are not.
+
+    symbol   here                   shape             symbol      here                  shape or value
+    g_enc    model.encoder: z       (B, T, C)         K           cfg.prediction_steps  12
+    g_ar     model.context: c       (B, T, D)         N           all contexts' futures B (T - K) (U1)
+    W_k      model.predictors       (K C, D)          z_c         model.units           (B, T)
+    f_k      exp(score)             (.., N)           z_F0, z_spk model.f0; speaker     (B, T); (B,)
+
+Table 2 of the paper, phone accuracy: negatives from batches of mixed speakers 64.6 %, of one speaker 65.5,
+only from the sequence itself 65.2, and, the harmful choice, from mixed speakers without the sequence itself
+57.3 (of one speaker without it, which is not offered here, 64.6); 2, 4, 8, 12, 16 steps: 28.5, 57.6, 63.6,
+64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences, and --prediction-steps.
+
+Differs from the papers.
+D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
+    none); BatchNorm, which some have put there, lets a frame know its future.
+D2  The score is scaled by 1 / sqrt(C). With the paper's plain product (--score-scale 1) the loss first
+    stays at log N for a while.
+D3  Units are clusters of c of this CPC. Polyak et al. take an inner layer of a larger one, trained on 6000
+    hours.
+D4  F0 by YIN, 100 times a second, in uniform bins, and a token for unvoiced. There: YAAPT, 20 codes of a
+    VQ-VAE, 12.5 a second, for which an unvoiced frame is one at the speaker's mean.
+D5  The decoder makes a log-mel spectrum, with an L1 loss, and Griffin-Lim the wave. There: a HiFi-GAN.
+D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
+    for those of the speaker, with which the decoder was trained.
+The papers do not say
+U1  how many candidates there are, and how they are drawn. Here all frames of the minibatch that stand k
+    after a context, by matrix product: N = 928. Under torchrun candidates are those of one GPU, as in the
+    paper (8 of 8).
+U2  how the encoder pads: here so that T = N // 160 for every N (the first paper has a vector per 160
+    samples).
+U3  how the K losses are joined: here their mean.
+U4  where the GRU starts: here from zeros in each crop and in each utterance, so the first frames of c know
+    little.
+
+The log shows nats_k = log N - loss_k; 0 is chance, negative in the first steps, and most of it is at small
+k: z_1 and z_2 share samples with c. In result.json metrics.nats are those of held-out speech (log_n: the
+most there could be); bits_per_second of the units' entropy, also with repeated units merged; vde: frames of
+wrong voicing, ffe: of that or F0 off by more than 20 %, of the resynthesis by the speaker's own table row,
+beside Griffin-Lim copies and a flat_f0, which shows what units say of F0. To compare with the paper: its
+phones are read from c by a linear probe of each frame, as here; its speakers per frame, here from the mean
+of an utterance.
+
+    python cpc.py                                       a toy corpus, two minutes on two CPU cores
+    python cpc.py --data DIR --negatives other-sequences      any folder of audio, the paper's size, for a GPU
+    python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
+
+Measured on CPU threads, not on a GPU.
 """
 import argparse
 import collections
@@ -57,7 +126,7 @@ class Config:
     d_context: int = 256         # D, of the GRU: size of c
     norm: Literal["channel", "none"] = "channel"  # after each convolution; none: the paper
     prediction_steps: int = 12   # K, frames ahead that are predicted
-    negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = "batch"  # where they are from
+    negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = "batch"  # who they are
     score_scale: float = 0.044   # factor on the score z W c, here 1 / sqrt(C); 1: the paper
     units: int = 100             # clusters of k-means
     normalise: bool = False      # c to mean 0 and deviation 1 over the utterance before k-means
@@ -75,8 +144,8 @@ STRIDES = (5, 4, 2, 2, 2)        # of the encoder; a layer for each, as many as 
 
 # ==================== the model ====================
 class ChannelNorm(nn.Module):
-    """D1: (B, C, T) -> each frame to mean 0 and deviation 1 over its channels, then a gain and a bias for each
-    channel. BatchNorm would average over time and batch too, and so tell a frame about its future."""
+    """D1: (B, C, T) -> each frame to mean 0 and deviation 1 over its channels, times a gain, plus a bias.
+    BatchNorm would average over time and batch, too, and so tell a frame about its future."""
     def __init__(self, channels):
         super().__init__()
         self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -93,22 +162,23 @@ class Encoder(nn.Sequential):
         if cfg.hop not in hops:
             raise UserError(f"--hop {cfg.hop}: no product of strides; choose from {hops}")
         for i, stride in enumerate(STRIDES[:hops.index(cfg.hop) + 1]):
-            layers += [nn.Conv1d(cfg.channels if i else 1, cfg.channels, 2 * stride, stride, (stride + 1) // 2),
-                       Norm(cfg.channels), nn.ReLU()]
+            size = cfg.channels if i else 1, cfg.channels, 2 * stride        # U2: the padding
+            layers += [nn.Conv1d(*size, stride, padding=(stride + 1) // 2), Norm(cfg.channels), nn.ReLU()]
         super().__init__(*layers)
         self.hop = cfg.hop
 
     def forward(self, wave):
-        whole = wave[:, :wave.shape[1] // self.hop * self.hop]               # or T were not always N // hop
+        whole = wave[:, :wave.shape[1] // self.hop * self.hop]               # else T is not always N // hop
         return super().forward(whole[:, None]).mT
 
 class Decoder(nn.Module):
-    """units (B, T), F0 tokens (B, T), speaker (B,) -> mel spectrum (B, T, M), standardised. An embedding of each,
-    concatenated as in Polyak et al.; D5: then residual blocks of dilated convolutions, and L1."""
+    """units (B, T), F0 tokens (B, T), speaker (B,) -> log-mel (B, T, M), standardised. Their embeddings side
+    by side, as Polyak et al. have it; then residual blocks of dilated convolutions (D5)."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
         e, h = cfg.d_embedding, cfg.hidden
-        self.unit, self.f0, self.speaker = (nn.Embedding(n, e) for n in (cfg.units, cfg.f0_tokens, n_speakers))
+        sizes = cfg.units, cfg.f0_tokens, n_speakers
+        self.unit, self.f0, self.speaker = (nn.Embedding(size, e) for size in sizes)
         self.enter = nn.Conv1d(3 * e, h, 5, padding=2)
         self.blocks = nn.ModuleList(nn.Sequential(
             nn.ReLU(), nn.Conv1d(h, h, 5, padding=2 * 2 ** (i % 3), dilation=2 ** (i % 3)),
@@ -123,19 +193,19 @@ class Decoder(nn.Module):
         return self.leave(h).mT
 
 class Model(nn.Module):
-    """CPC: encoder, context, predictors. Resynthesis: centroids of the units, decoder, and statistics: mean and
+    """Of CPC: encoder, context, predictors. Of the resynthesis: centroids of the units, decoder, mean and
     deviation of each mel band and of each training speaker's log F0."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
         self.cfg, self.n_speakers = cfg, n_speakers
-        if cfg.crop // cfg.hop <= cfg.prediction_steps:
-            raise UserError(f"--crop {cfg.crop}: {cfg.crop // cfg.hop} frames, and {cfg.prediction_steps} are to "
-                            "be predicted; raise it or lower --prediction-steps")
+        if (frames := cfg.crop // cfg.hop) <= cfg.prediction_steps:
+            raise UserError(f"--crop {cfg.crop}: {frames} frames, of which {cfg.prediction_steps} are to be "
+                            "predicted; raise it or lower --prediction-steps")
         if cfg.negatives == "other-sequences" and cfg.batch_size == 1:
             raise UserError("--batch-size 1: has no other sequences; raise it or choose other --negatives")
         self.encoder = Encoder(cfg)
-        self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)     # g_ar
-        self.predictors = nn.Linear(cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False)      # W_1..K
+        self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)     # g_ar; U4: from zeros
+        self.predictors = nn.Linear(cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False)  # W_k
         self.decoder = Decoder(cfg, n_speakers)
         self.register_buffer("centroids", torch.zeros(cfg.units, cfg.d_context))
         for name, size in ("mel", cfg.n_mels), ("f0", n_speakers):
@@ -153,14 +223,16 @@ class Model(nn.Module):
         return assign(self.normalised(self(wave)[1]), self.centroids)[0]
 
     def normalised(self, c):
-        """(B, T, D): with cfg.normalise, what stays the same in an utterance, and so the speaker, is taken out."""
+        """(B, T, D), with cfg.normalise without what is the same throughout an utterance: much of the
+        speaker."""
         if not self.cfg.normalise:
             return c
         return (c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, unbiased=False).clamp(min=1e-5)
 
     def f0(self, wave, speaker=None):
-        """(B, N), speaker (B,) -> tokens (B, T), 0 where unvoiced, else the bin of log F0, -2.5 to 2.5 deviations
-        of the speaker. D6: without a speaker, from the mean of the wave itself, in an average speaker's deviations."""
+        """(B, N), speaker (B,) -> tokens (B, T): 0 is unvoiced, the others bins of log F0, from -2.5 to
+        2.5 of the speaker's deviations (D4). D6: without a speaker the wave's own mean, and an average
+        deviation."""
         f0 = yin(wave, self.cfg)[:, :wave.shape[1] // self.cfg.hop]          # (B, T) Hz
         voiced, x = f0 > 0, f0.clamp(min=1).log()
         if speaker is None:
@@ -183,29 +255,31 @@ class Model(nn.Module):
         return griffin_lim(magnitude, self.cfg)[:, :samples]
 
 def yin(wave, cfg):
-    """(B, N) -> F0 (B, T) in Hz, 0 where unvoiced, T = 1 + N // hop, frame t centred on sample t * hop. YIN (de
-    Cheveigne & Kawahara, JASA 2002) from 50 to 400 Hz, in float64: the first local minimum of d' below 0.2."""
+    """(B, N) -> F0 (B, T) in Hz, 0 where unvoiced; T = 1 + N // hop, frame t centred on sample t * hop.
+    YIN (de Cheveigne & Kawahara, JASA 2002), 50 to 400 Hz, in float64: the first minimum of d' that is
+    below 0.2."""
     W, low = math.ceil(cfg.sample_rate / 50), cfg.sample_rate // 400
     x = F.pad(wave.double(), (W, W)).unfold(1, 2 * W, cfg.hop)               # (B, T, 2 W)
     energy = F.pad(x.square().cumsum(-1), (1, 0))
     energy = energy[..., W:] - energy[..., :W + 1]                           # of x[tau:tau + W], tau = 0 .. W
-    product = torch.fft.irfft(torch.fft.rfft(x[..., :W], 2 * W).conj() * torch.fft.rfft(x), 2 * W)[..., :W + 1]
-    d = (energy[..., :1] + energy - 2 * product)[..., 1:].clamp(min=0)      # sum of (x[j] - x[j + tau])^2: Eq. (7)
+    spectrum, start = torch.fft.rfft(x), torch.fft.rfft(x[..., :W], 2 * W)
+    product = torch.fft.irfft(start.conj() * spectrum, 2 * W)[..., :W + 1]   # sum of x[j] x[j + tau], j < W
+    d = (energy[..., :1] + energy - 2 * product)[..., 1:].clamp(min=0)      # sum of (x[j] - x[j + tau]) ** 2
     tau = torch.arange(1, W + 1, device=x.device)
-    d = d * tau / d.cumsum(-1).clamp(min=1e-12)                              # d': Eq. (8)
+    d = d * tau / d.cumsum(-1).clamp(min=1e-12)                              # d', over the mean so far
     before, here, after = d[..., :-2], d[..., 1:-1], d[..., 2:]              # tau = 1 .., 2 .., 3 ..
     dip = (here < before) & (here <= after) & (here < 0.2) & (tau[1:-1] >= low)
-    dip &= (x.square().mean(-1, keepdim=True) > 1e-6)                        # -60 dB of full scale
+    dip &= x.square().mean(-1, keepdim=True) > 1e-6                          # -60 dB of full scale
     at = dip.int().argmax(-1, keepdim=True)                                  # the first
     before, here, after = (y.gather(-1, at) for y in (before, here, after))
-    period = at + 2 + (before - after) / 2 / (before - 2 * here + after).clamp(min=1e-12)      # of the parabola
+    period = at + 2 + (before - after) / 2 / (before - 2 * here + after).clamp(min=1e-12)    # by a parabola
     f0 = (cfg.sample_rate / period * dip.any(-1, keepdim=True)).squeeze(-1)
-    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()
+    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()           # alone, a frame is an error
 
 # ==================== the objective ====================
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of the mel bands and of the log F0 of speakers, from at most 25
+    """Before the first step: mean and deviation of mel bands and of speakers' log F0, from at most 25
     utterances of each, and units of the untrained c (those that count are fitted when CPC is done)."""
     mels, pitch = [], collections.defaultdict(list)
     for u in corpus.train:
@@ -218,9 +292,9 @@ def prepare(model, corpus, cfg):
     model.mel_mean.copy_(mean)
     model.mel_std.copy_((square - mean ** 2).clamp(min=1e-4).sqrt())
     every = torch.cat([torch.tensor([4.6, 5.1], device=cfg.device), *itertools.chain(*pitch.values())])
-    for s in range(model.n_speakers):                          # who has no voice gets that of all, if need be 100
-        x = torch.cat([every[:0], *pitch[s]])                                # and 164 Hz
-        x = x if len(x) > 1 else every
+    for s in range(model.n_speakers):
+        x = torch.cat([every[:0], *pitch[s]])
+        x = x if len(x) > 1 else every                  # never voiced: as all are, at worst 99 to 164 Hz
         model.f0_mean[s], model.f0_std[s] = x.mean(), x.std().clamp(min=0.02)
     fit_units(model, corpus, cfg)
 
@@ -230,19 +304,19 @@ def make_optimizers(model, cfg):
     return {"cpc": torch.optim.Adam([p for part in parts for p in part.parameters()], cfg.lr),
             "decoder": torch.optim.AdamW(model.decoder.parameters(), cfg.lr, (0.8, 0.99))}
 
+@torch.autocast("cuda", enabled=False)                                       # scores have no bound: float32
 def info_nce(z, c, predictors, cfg):
-    """z (B, T, C), c (B, T, D) -> Eq. (4) for k = 1 .. K (K,), in nats, and N. For each context c_t one of N
-    candidates z is the one k frames later; the others are what stands k frames after the other contexts."""
+    """z (B, T, C), c (B, T, D) -> Eq. (4) for k = 1 .. K, (K,) in nats, and N, the number of candidates: one
+    is z_{t + k}, k frames after c_t, the others stand k frames after the other contexts (U1)."""
     B, T, C = z.shape
     K, S = cfg.prediction_steps, T - cfg.prediction_steps                    # S contexts have all K futures
     losses, groups = [], B if cfg.negatives == "sequence" else 1
-    prediction = predictors(c[:, :S]).unflatten(2, (K, C)) * cfg.score_scale     # W_k c_t: (B, S, K, C)
+    prediction = predictors(c[:, :S]).unflatten(2, (K, C)) * cfg.score_scale     # D2: W_k c_t (B, S, K, C)
     sequence = torch.arange(B, device=z.device).repeat_interleave(S)
-    own = sequence[:, None] == sequence                                      # (B S, B S)
-    own.fill_diagonal_(False)                                                # the positive stays
-    for k in range(1, K + 1):
+    own = (sequence[:, None] == sequence).fill_diagonal_(False)              # the positive stays a candidate
+    for k in range(1, K + 1):                                                # k = 1 is the next frame
         w, future = (x.reshape(groups, -1, C) for x in (prediction[:, :, k - 1], z[:, k:k + S]))
-        score = w @ future.mT                                                # z_j W_k c_i, row i, column j
+        score = w @ future.mT                                                # z_j W_k c_i: row i, column j
         if cfg.negatives == "other-sequences":
             score = score.masked_fill(own, -math.inf)
         losses.append((score.logsumexp(-1) - score.diagonal(dim1=1, dim2=2)).mean())
@@ -256,14 +330,14 @@ def assign(x, centroids):
     return best.indices, best.values.clamp(min=0)
 
 def kmeans(x, K, seed, starts=5, rounds=100):
-    """Lloyd's algorithm on x (n, D), from k-means++ (Arthur & Vassilvitskii, SODA 2007), the best of some starts
-    -> centroids (K, D), and the sum of squares after each round. A cluster without members moves to the point
-    that is worst off."""
+    """x (n, D) -> centroids (K, D), and the sum of squares in each round of Lloyd's algorithm, from the best
+    of some starts by k-means++ (Arthur & Vassilvitskii, SODA 2007). A cluster that has lost all its members
+    moves to the point that is worst off."""
     rng, best = np.random.default_rng(seed), (None, [math.inf])
     for _ in range(starts):
         centroids = x[rng.integers(len(x))][None]
         d = assign(x, centroids)[1]
-        for _ in range(K - 1):                                               # drawn in proportion to the distance
+        for _ in range(K - 1):                                               # drawn in proportion to d
             total = d.double().cumsum(0)
             i = torch.searchsorted(total, rng.random() * total[-1]).clamp(max=len(x) - 1)
             centroids = torch.cat([centroids, x[i][None]])
@@ -285,7 +359,7 @@ def kmeans(x, K, seed, starts=5, rounds=100):
 
 @torch.no_grad()
 def fit_units(model, corpus, cfg):
-    """Centroids of c, from 50,000 frames of whole training utterances at most."""
+    """Centroids of c (D3), from at most 50,000 frames of whole training utterances."""
     frames, left = [], 50_000
     for u in corpus.train:
         frames.append(model.normalised(model(corpus.wave(u)[None].to(cfg.device))[1])[0, :left])
@@ -306,8 +380,9 @@ def train_step(model, optimizers, corpus, step, cfg):
         fit_units(model, corpus, cfg)
     return log
 
-def draw(corpus, utterances, step, cfg):
-    """Utterances of one speaker for a batch, from two of them if there are no more; None, any, unless asked."""
+def pick(corpus, utterances, step, cfg):
+    """With --negatives same-speaker: a batch of `utterances`, all of one speaker, some of them more than once
+    if there are too few. Otherwise None: get_batch takes any."""
     if cfg.negatives != "same-speaker":
         return None
     rng = np.random.default_rng((cfg.seed, step, RANK, 2 ** 31))
@@ -316,15 +391,15 @@ def draw(corpus, utterances, step, cfg):
 
 def cpc_step(model, optimizer, corpus, step, cfg):
     """One step on the mean of Eq. (4) over k."""
-    batch = get_batch(corpus, cfg, step, utterances=draw(corpus, corpus.train, step, cfg))
+    batch = get_batch(corpus, cfg, step, utterances=pick(corpus, corpus.train, step, cfg))
     z, c = model(batch["wave"])
-    with torch.autocast(cfg.device, enabled=False):                          # scores need float32
-        loss, candidates = info_nce(z, c, model.predictors, cfg)
+    loss, candidates = info_nce(z, c, model.predictors, cfg)
     optimizer.zero_grad()
-    loss.mean().backward()
+    loss.mean().backward()                                                   # U3
     optimizer.step()
     gain = math.log(candidates) - loss.detach()
-    return {"loss": loss.mean().detach(), "nats": gain.mean()} | {f"nats_{k}": g for k, g in enumerate(gain, 1)}
+    gains = {f"nats_{k}": value for k, value in enumerate(gain, 1)}
+    return {"loss": loss.mean().detach(), "nats": gain.mean()} | gains
 
 def decoder_step(model, optimizer, corpus, step, cfg):
     """One step of the decoder on L1 of the mel spectrum."""
@@ -347,8 +422,8 @@ def represent(model, wave, cfg):
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): units and F0 of the
-    source in that voice. None resynthesises, with the training speaker who comes closest to the source."""
+    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the source's units
+    and F0 in that voice. None resynthesises, with the training speaker who comes closest to the source."""
     waves = []
     for wave, target in zip(sources, targets):
         units, f0 = model.units(wave[None]), model.f0(wave[None])
@@ -369,15 +444,16 @@ def bit_rate(ids, seconds):
     return float(ids.numel() / seconds * math.log2(perplexity(ids)))
 
 def f0_errors(f0, truth):
-    """(T,) each, in Hz, 0 unvoiced -> frames of wrong voicing (VDE), and of that or more than 20 % off (FFE)."""
+    """(T,) each, Hz, 0 unvoiced -> which frames are wrong in voicing (VDE); in that or by over 20 % (FFE)."""
     voicing = (f0 > 0) != (truth > 0)
     return voicing, voicing | ((f0 - truth).abs() > 0.2 * truth)
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes units.txt, the units of held-out utterances, and some of them resynthesised, also with F0 flattened
-    to the speaker's mean. Returns, on held-out speech: nats by which InfoNCE is below log N, for each k; what
-    the units cost; the F0 errors of Griffin-Lim copies, of the resynthesis, and with the flat F0."""
+    """Writes units.txt, the units of held-out utterances, and three of these resynthesised by their own
+    speaker, also with F0 flattened to the speaker's mean. Returns, of held-out speech: how far InfoNCE is
+    below log N, on average and for each k; units in use, their perplexity and bits a second; errors of F0 of
+    Griffin-Lim copies, of the resynthesis and with the flat F0."""
     ids, nats, errors = {}, [], collections.defaultdict(list)
     seconds = sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
     for u in corpus.held[:cfg.probe]:
@@ -385,15 +461,17 @@ def sample(model, corpus, cfg, out):
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
                                            for u, k in ids.items()))
     for i in range(8):
-        chosen = draw(corpus, corpus.held, i, cfg)
+        chosen = pick(corpus, corpus.held, i, cfg)
         if chosen is None:
             chosen = corpus.held[np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(corpus.held)]
-        loss, candidates = info_nce(*model(get_batch(corpus, cfg, i, 1000, chosen)["wave"]), model.predictors, cfg)
+        z, c = model(get_batch(corpus, cfg, i, draw=1000, utterances=chosen)["wave"])
+        loss, candidates = info_nce(z, c, model.predictors, cfg)
         nats.append(math.log(candidates) - loss)
     for i, u in enumerate(corpus.held[corpus.speaker[corpus.held] < model.n_speakers][:24]):
-        wave, s = corpus.wave(u)[None, :3 * cfg.sample_rate].to(cfg.device), torch.tensor([corpus.speaker[u]])
-        units, f0 = model.units(wave), model.f0(wave, s.to(cfg.device))
-        speak = lambda f0: model.vocode(model.decoder(units, f0, s.to(cfg.device)), wave.shape[1])
+        wave = corpus.wave(u)[None, :3 * cfg.sample_rate].to(cfg.device)
+        s = torch.tensor([corpus.speaker[u]], device=cfg.device)
+        units, f0 = model.units(wave), model.f0(wave, s)
+        speak = lambda f0: model.vocode(model.decoder(units, f0, s), wave.shape[1])
         waves = {"copy": model.vocode(model.features(wave), wave.shape[1]), "resynthesis": speak(f0),
                  "flat_f0": speak((f0 > 0) * (cfg.f0_tokens // 2))}
         for name, rebuilt in waves.items():

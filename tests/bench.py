@@ -55,8 +55,30 @@ def parts_adversarial_vc(script, model, optimizers, cfg, x):
             "classifier": step("classifier", speaker), "critic": step("critic", speaker), "generator": step("generator")}
 
 
-BARE = {"adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
-PARTS = {"adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # what training is made of, each timed by itself
+def bare_cpc(model, cfg, x):
+    z, c = model(torch.randn(len(x), cfg.crop, device=x.device))
+    (z.mean() + c.mean()).backward()
+
+
+def parts_cpc(script, model, optimizers, cfg, x):
+    """InfoNCE by itself, forward and backward; a step of the decoder's phase; F0 of a batch; k-means of 20,000 frames."""
+    wave = torch.randn(len(x), cfg.crop, device=x.device)
+    z, c = (h.detach().requires_grad_() for h in model(wave))
+    mel, who = model.features(wave), torch.arange(len(x), device=x.device) % model.n_speakers
+    many, optimizer = c.detach().flatten(0, 1).repeat(20, 1)[:20_000], optimizers["decoder"]
+    many = many + torch.randn_like(many)
+
+    def decoder():
+        with torch.no_grad():
+            units, f0 = model.units(wave), model.f0(wave, who)
+        torch.nn.functional.l1_loss(model.decoder(units, f0, who).float(), mel).backward()
+        optimizer.step()
+    return {"InfoNCE": lambda: script.info_nce(z, c, model.predictors, cfg)[0].mean().backward(), "decoder": decoder,
+            "F0": lambda: script.yin(wave, cfg), "k-means": lambda: script.kmeans(many, cfg.units, 0, starts=1)}
+
+
+BARE = {"cpc": bare_cpc, "adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
+PARTS = {"cpc": parts_cpc, "adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # what training is made of, each timed by itself
 
 
 def bench(name, config, device, batch_size):

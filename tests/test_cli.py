@@ -29,7 +29,9 @@ SMALL = {                           # flags that make the model tiny; the first 
     "adain_vc": "--channels 8 --d-content 4 --d-speaker 8 --bank 2 --bank-channels 4 --blocks 2 --dense 1",
     "adversarial_vc": "--channels 8 --bank 2 --bank-channels 4 --critic-channels 2 --classifier-steps 2 --critic-steps 2 "
                       "--ae-share 1 --classifier-share 1 --joint-share 1 --gan-share 1 --hop 40",
-    "fhvae": "--hidden 8 --d-z1 3 --d-z2 4 --sequences 5", "cpc": "", "dim": ""}
+    "fhvae": "--hidden 8 --d-z1 3 --d-z2 4 --sequences 5",
+    "cpc": "--channels 8 --d-context 8 --prediction-steps 3 --units 4 --d-embedding 4 --hidden 8 --blocks 1 --cpc-share 0.5",
+    "dim": ""}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SPEAKERS = ("ann", "ben", "don")
 

@@ -297,14 +297,14 @@ def test_batches_of_one_speaker(corpus):
     cfg = v.Config(**TINY | dict(negatives="same-speaker", batch_size=3))
     seen = set()
     for step in range(30):
-        chosen = v.draw(corpus, corpus.train[:-1], step, cfg)
+        chosen = v.pick(corpus, corpus.train[:-1], step, cfg)
         assert len(set(corpus.speaker[chosen])) == 1 and len(set(chosen)) == 3 and 11 not in chosen
-        assert np.array_equal(chosen, v.draw(corpus, corpus.train[:-1], step, cfg))
+        assert np.array_equal(chosen, v.pick(corpus, corpus.train[:-1], step, cfg))
         seen |= set(chosen)
     assert seen == set(range(11))                        # all speakers, all utterances
-    few = v.draw(corpus, corpus.train, 0, v.replace(cfg, batch_size=9))
+    few = v.pick(corpus, corpus.train, 0, v.replace(cfg, batch_size=9))
     assert len(few) == 9 and len(set(corpus.speaker[few])) == 1
-    assert v.draw(corpus, corpus.train, 0, v.replace(cfg, negatives="batch")) is None
+    assert v.pick(corpus, corpus.train, 0, v.replace(cfg, negatives="batch")) is None
 
 
 def test_the_step_draws_them(corpus, monkeypatch):
