@@ -333,7 +333,7 @@ def kmeans(x, K, seed, starts=5, rounds=100):
     """x (n, D) -> centroids (K, D), and the sum of squares in each round of Lloyd's algorithm, from the best
     of some starts by k-means++ (Arthur & Vassilvitskii, SODA 2007). A cluster that has lost all its members
     moves to the point that is worst off."""
-    rng, best = np.random.default_rng(seed), (None, [math.inf])
+    rng, best = np.random.default_rng(seed), None
     for _ in range(starts):
         centroids = x[rng.integers(len(x))][None]
         d = assign(x, centroids)[1]
@@ -353,7 +353,7 @@ def kmeans(x, K, seed, starts=5, rounds=100):
             empty = count == 0
             centroids[empty] = x[d.topk(min(len(x), K)).indices.repeat(K)[:int(empty.sum())]]
             old = ids
-        if inertia[-1] < best[1][-1]:
+        if best is None or inertia[-1] < best[1][-1]:
             best = centroids, inertia
     return best
 
