@@ -127,7 +127,7 @@ class Config:
     norm: Literal["channel", "none"] = "channel"  # after each convolution; none: the paper
     prediction_steps: int = 12   # K, frames ahead that are predicted
     negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = "batch"  # who they are
-    score_scale: float = 0.044   # factor on the score z W c, here 1 / sqrt(C); 1: the paper
+    score_scale: float = 0.044   # factor on the score z W c, here 1 / sqrt(512); 1: the paper
     units: int = 100             # clusters of k-means
     normalise: bool = False      # c to mean 0 and deviation 1 over the utterance before k-means
     f0_tokens: int = 20          # 0: unvoiced; the others: bins of the speaker's normalised log F0
@@ -154,8 +154,8 @@ class ChannelNorm(nn.Module):
         return F.layer_norm(x.mT, self.gain.shape, self.gain, self.bias).mT
 
 class Encoder(nn.Sequential):
-    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop: strided convolutions, kernels twice the strides. With
-    five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
+    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop, at least 1: strided convolutions, kernels twice the
+    strides. With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
     def __init__(self, cfg):
         layers, Norm = [], ChannelNorm if cfg.norm == "channel" else nn.Identity
         hops = [math.prod(STRIDES[:i]) for i in range(1, len(STRIDES) + 1)]
@@ -168,8 +168,9 @@ class Encoder(nn.Sequential):
         self.hop = cfg.hop
 
     def forward(self, wave):
-        whole = wave[:, :wave.shape[1] // self.hop * self.hop]               # else T is not always N // hop
-        return super().forward(whole[:, None]).mT
+        samples = max(1, wave.shape[1] // self.hop) * self.hop               # else T is not always N // hop
+        wave = F.pad(wave, (0, max(0, samples - wave.shape[1])))[:, :samples]
+        return super().forward(wave[:, None]).mT
 
 class Decoder(nn.Module):
     """units (B, T), F0 tokens (B, T), speaker (B,) -> log-mel (B, T, M), standardised. Their embeddings side
@@ -198,9 +199,11 @@ class Model(nn.Module):
     def __init__(self, cfg, n_speakers):
         super().__init__()
         self.cfg, self.n_speakers = cfg, n_speakers
-        if (frames := cfg.crop // cfg.hop) <= cfg.prediction_steps:
-            raise UserError(f"--crop {cfg.crop}: {frames} frames, of which {cfg.prediction_steps} are to be "
-                            "predicted; raise it or lower --prediction-steps")
+        if (frames := cfg.crop // cfg.hop) < cfg.prediction_steps + 2:
+            raise UserError(f"--crop {cfg.crop}: {frames} frames leave no two with a future of "
+                            f"{cfg.prediction_steps}; raise it or lower --prediction-steps")
+        if cfg.cpc_share > 1:
+            raise UserError(f"--cpc-share {cfg.cpc_share}: is a share of the steps; give 1 at most")
         if cfg.negatives == "other-sequences" and cfg.batch_size == 1:
             raise UserError("--batch-size 1: has no other sequences; raise it or choose other --negatives")
         self.encoder = Encoder(cfg)
@@ -208,6 +211,7 @@ class Model(nn.Module):
         self.predictors = nn.Linear(cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False)  # W_k
         self.decoder = Decoder(cfg, n_speakers)
         self.register_buffer("centroids", torch.zeros(cfg.units, cfg.d_context))
+        self.register_buffer("fitted", torch.zeros(()))                     # 1 where they are those of this c
         for name, size in ("mel", cfg.n_mels), ("f0", n_speakers):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -218,13 +222,14 @@ class Model(nn.Module):
         with torch.autocast(wave.device.type, enabled=False):
             return z, self.context(z)[0]
 
+    @torch.autocast("cuda", enabled=False)                                   # as in convert
     def units(self, wave):
         """(B, N) -> (B, T): which centroid is the nearest to c."""
         return assign(self.normalised(self(wave)[1]), self.centroids)[0]
 
     def normalised(self, c):
-        """(B, T, D), with cfg.normalise without what is the same throughout an utterance: much of the
-        speaker."""
+        """(B, T, D), with cfg.normalise without what is the same throughout the utterance, or the crop:
+        much of the speaker."""
         if not self.cfg.normalise:
             return c
         return (c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, unbiased=False).clamp(min=1e-5)
@@ -233,7 +238,7 @@ class Model(nn.Module):
         """(B, N), speaker (B,) -> tokens (B, T): 0 is unvoiced, the others bins of log F0, from -2.5 to
         2.5 of the speaker's deviations (D4). D6: without a speaker the wave's own mean, and an average
         deviation."""
-        f0 = yin(wave, self.cfg)[:, :wave.shape[1] // self.cfg.hop]          # (B, T) Hz
+        f0 = yin(wave, self.cfg)[:, :max(1, wave.shape[1] // self.cfg.hop)]      # (B, T) Hz
         voiced, x = f0 > 0, f0.clamp(min=1).log()
         if speaker is None:
             mean = (x * voiced).sum(1, keepdim=True) / voiced.sum(1, keepdim=True).clamp(min=1)
@@ -245,8 +250,9 @@ class Model(nn.Module):
         return (token.long().clamp(0, bins - 1) + 1) * voiced
 
     def features(self, wave):
-        """(B, N) -> (B, T, M): log-mel, standardised, T = N // hop."""
-        return (log_mel(wave, self.cfg)[:, :wave.shape[1] // self.cfg.hop] - self.mel_mean) / self.mel_std
+        """(B, N) -> (B, T, M): log-mel, standardised; T as of z."""
+        frames = max(1, wave.shape[1] // self.cfg.hop)
+        return (log_mel(wave, self.cfg)[:, :frames] - self.mel_mean) / self.mel_std
 
     def vocode(self, mel, samples):
         """(B, T, M), standardised -> (B, samples), by Griffin-Lim (D5)."""
@@ -259,7 +265,8 @@ def yin(wave, cfg):
     YIN (de Cheveigne & Kawahara, JASA 2002), 50 to 400 Hz, in float64: the first minimum of d' that is
     below 0.2."""
     W, low = math.ceil(cfg.sample_rate / 50), cfg.sample_rate // 400
-    x = F.pad(wave.double(), (W, W)).unfold(1, 2 * W, cfg.hop)               # (B, T, 2 W)
+    middle = 2 * W // 3              # of what is compared, x[:W] and x[tau:tau + W], where F0 is 150 Hz
+    x = F.pad(wave.double(), (middle, 2 * W - middle)).unfold(1, 2 * W, cfg.hop)     # (B, T, 2 W)
     energy = F.pad(x.square().cumsum(-1), (1, 0))
     energy = energy[..., W:] - energy[..., :W + 1]                           # of x[tau:tau + W], tau = 0 .. W
     spectrum, start = torch.fft.rfft(x), torch.fft.rfft(x[..., :W], 2 * W)
@@ -269,12 +276,12 @@ def yin(wave, cfg):
     d = d * tau / d.cumsum(-1).clamp(min=1e-12)                              # d', over the mean so far
     before, here, after = d[..., :-2], d[..., 1:-1], d[..., 2:]              # tau = 1 .., 2 .., 3 ..
     dip = (here < before) & (here <= after) & (here < 0.2) & (tau[1:-1] >= low)
-    dip &= x.square().mean(-1, keepdim=True) > 1e-6                          # -60 dB of full scale
+    dip &= x.var(-1, keepdim=True) > 1e-6                                    # -60 dB of full scale
     at = dip.int().argmax(-1, keepdim=True)                                  # the first
     before, here, after = (y.gather(-1, at) for y in (before, here, after))
     period = at + 2 + (before - after) / 2 / (before - 2 * here + after).clamp(min=1e-12)    # by a parabola
     f0 = (cfg.sample_rate / period * dip.any(-1, keepdim=True)).squeeze(-1)
-    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()           # alone, a frame is an error
+    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()           # one or two alone are errors
 
 # ==================== the objective ====================
 @torch.no_grad()
@@ -312,12 +319,12 @@ def info_nce(z, c, predictors, cfg):
     K, S = cfg.prediction_steps, T - cfg.prediction_steps                    # S contexts have all K futures
     losses, groups = [], B if cfg.negatives == "sequence" else 1
     prediction = predictors(c[:, :S]).unflatten(2, (K, C)) * cfg.score_scale     # D2: W_k c_t (B, S, K, C)
-    sequence = torch.arange(B, device=z.device).repeat_interleave(S)
-    own = (sequence[:, None] == sequence).fill_diagonal_(False)              # the positive stays a candidate
     for k in range(1, K + 1):                                                # k = 1 is the next frame
         w, future = (x.reshape(groups, -1, C) for x in (prediction[:, :, k - 1], z[:, k:k + S]))
         score = w @ future.mT                                                # z_j W_k c_i: row i, column j
         if cfg.negatives == "other-sequences":
+            sequence = torch.arange(B, device=z.device).repeat_interleave(S)
+            own = (sequence[:, None] == sequence).fill_diagonal_(False)      # the positive stays a candidate
             score = score.masked_fill(own, -math.inf)
         losses.append((score.logsumexp(-1) - score.diagonal(dim1=1, dim2=2)).mean())
     return torch.stack(losses), S * B // groups - (S - 1) * (cfg.negatives == "other-sequences")
@@ -342,61 +349,62 @@ def kmeans(x, K, seed, starts=5, rounds=100):
             i = torch.searchsorted(total, rng.random() * total[-1]).clamp(max=len(x) - 1)
             centroids = torch.cat([centroids, x[i][None]])
             d = torch.minimum(d, assign(x, centroids[-1:])[1])
-        inertia, old = [], None
+        inertia = []
         for _ in range(rounds):
             ids, d = assign(x, centroids)
             inertia.append(d.double().sum().item())
-            if old is not None and torch.equal(ids, old):
+            if len(inertia) > 1 and inertia[-2] - inertia[-1] <= 1e-4 * inertia[-1]:
                 break
             count = ids.bincount(minlength=K)
             centroids = torch.zeros_like(centroids).index_add(0, ids, x) / count.clamp(min=1)[:, None]
             empty = count == 0
             centroids[empty] = x[d.topk(min(len(x), K)).indices.repeat(K)[:int(empty.sum())]]
-            old = ids
         if best is None or inertia[-1] < best[1][-1]:
             best = centroids, inertia
     return best
 
 @torch.no_grad()
+@torch.autocast("cuda", enabled=False)
 def fit_units(model, corpus, cfg):
-    """Centroids of c (D3), from at most 50,000 frames of whole training utterances."""
-    frames, left = [], 50_000
-    for u in corpus.train:
-        frames.append(model.normalised(model(corpus.wave(u)[None].to(cfg.device))[1])[0, :left])
-        left -= len(frames[-1])
-        if not left:
-            break
+    """Centroids of c (D3) of at most 500 training utterances, every 2nd, 3rd .. frame beyond 50,000 in
+    all."""
+    us, frames = corpus.train[:500], []
+    every = -(-int((corpus.length[us] // cfg.hop).sum()) // 50_000) or 1
+    for u in us:
+        frames.append(model.normalised(model(corpus.wave(u)[None].to(cfg.device))[1])[0, ::every])
     model.centroids.copy_(kmeans(torch.cat(frames), cfg.units, cfg.seed)[0])
+    model.fitted.fill_(1)
     if dist.is_initialized():
         dist.broadcast(model.centroids, 0)                                   # ranks may differ in rounding
 
 def train_step(model, optimizers, corpus, step, cfg):
     """CPC for a share of the steps, at their end k-means, then the decoder, with all else frozen."""
     last = max(1, round(cfg.cpc_share * cfg.steps)) - 1
-    if step > last:
-        return decoder_step(model, optimizers["decoder"], corpus, step, cfg)
-    log = cpc_step(model, optimizers["cpc"], corpus, step, cfg)
-    if step == last:
+    if step <= last:
+        log = cpc_step(model, optimizers["cpc"], corpus, step, cfg)
+    if step >= last and not model.fitted:    # a run may also be resumed beyond `last`, with fewer --steps
         fit_units(model, corpus, cfg)
+    if step > last:
+        log = decoder_step(model, optimizers["decoder"], corpus, step, cfg)
     return log
 
-def pick(corpus, utterances, step, cfg):
-    """With --negatives same-speaker: a batch of `utterances`, all of one speaker, some of them more than once
-    if there are too few. Otherwise None: get_batch takes any."""
-    if cfg.negatives != "same-speaker":
-        return None
-    rng = np.random.default_rng((cfg.seed, step, RANK, 2 ** 31))
+def of_one_speaker(corpus, utterances, step, cfg):
+    """A batch of different `utterances` of one speaker, all of them if they are fewer than batch_size."""
+    rng = np.random.default_rng((cfg.seed, step, RANK, 2 ** 31))             # not the numbers of get_batch
     utterances = utterances[corpus.speaker[utterances] == corpus.speaker[rng.choice(utterances)]]
-    return rng.choice(utterances, cfg.batch_size, replace=len(utterances) < cfg.batch_size)
+    return rng.permutation(utterances)[:cfg.batch_size]
 
 def cpc_step(model, optimizer, corpus, step, cfg):
     """One step on the mean of Eq. (4) over k."""
-    batch = get_batch(corpus, cfg, step, utterances=pick(corpus, corpus.train, step, cfg))
+    batch = get_batch(corpus, cfg, step)
+    if cfg.negatives == "same-speaker":
+        batch = get_batch(corpus, cfg, step, utterances=of_one_speaker(corpus, corpus.train, step, cfg))
     z, c = model(batch["wave"])
     loss, candidates = info_nce(z, c, model.predictors, cfg)
     optimizer.zero_grad()
     loss.mean().backward()                                                   # U3
     optimizer.step()
+    model.fitted.fill_(0)                                                    # c has moved
     gain = math.log(candidates) - loss.detach()
     gains = {f"nats_{k}": value for k, value in enumerate(gain, 1)}
     return {"loss": loss.mean().detach(), "nats": gain.mean()} | gains
@@ -415,7 +423,7 @@ def decoder_step(model, optimizer, corpus, step, cfg):
 # ==================== what it is good for ====================
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> z (T', C); c (T', D); units (T', K), one-hot. 100 a second."""
+    """(N,) -> z (T', C); c (T', D); units (T', cfg.units), one-hot."""
     z, c = model(wave[None])
     units = assign(model.normalised(c), model.centroids)[0]
     return {"z": z[0], "c": c[0], "units": F.one_hot(units[0], cfg.units).float()}
@@ -454,19 +462,20 @@ def sample(model, corpus, cfg, out):
     speaker, also with F0 flattened to the speaker's mean. Returns, of held-out speech: how far InfoNCE is
     below log N, on average and for each k; units in use, their perplexity and bits a second; errors of F0 of
     Griffin-Lim copies, of the resynthesis and with the flat F0."""
-    ids, nats, errors = {}, [], collections.defaultdict(list)
+    ids, nats, log_n, errors = {}, [], [], collections.defaultdict(list)
     seconds = sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
     for u in corpus.held[:cfg.probe]:
         ids[u] = model.units(corpus.wave(u)[None].to(cfg.device))[0]
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
                                            for u, k in ids.items()))
     for i in range(8):
-        chosen = pick(corpus, corpus.held, i, cfg)
-        if chosen is None:
-            chosen = corpus.held[np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(corpus.held)]
+        chosen = np.roll(corpus.held, -i * cfg.batch_size)[:cfg.batch_size]
+        if cfg.negatives == "same-speaker":
+            chosen = of_one_speaker(corpus, corpus.held, i, cfg)
         z, c = model(get_batch(corpus, cfg, i, draw=1000, utterances=chosen)["wave"])
         loss, candidates = info_nce(z, c, model.predictors, cfg)
-        nats.append(math.log(candidates) - loss)
+        log_n.append(math.log(candidates))
+        nats.append(log_n[-1] - loss)
     for i, u in enumerate(corpus.held[corpus.speaker[corpus.held] < model.n_speakers][:24]):
         wave = corpus.wave(u)[None, :3 * cfg.sample_rate].to(cfg.device)
         s = torch.tensor([corpus.speaker[u]], device=cfg.device)
@@ -477,11 +486,11 @@ def sample(model, corpus, cfg, out):
         for name, rebuilt in waves.items():
             errors[name].append(torch.stack(f0_errors(yin(rebuilt, cfg)[0], yin(wave, cfg)[0])))
             if i < 3:
-                write_audio(out / f"{corpus.paths[u].stem}_{name}.wav", rebuilt[0], cfg.sample_rate)
+                write_audio(out / f"{i}_{corpus.paths[u].stem}_{name}.wav", rebuilt[0], cfg.sample_rate)
     rates = {name: torch.cat(parts, 1).float().mean(1).tolist() for name, parts in errors.items()}
     every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
     nats = torch.stack(nats).mean(0).tolist()
-    return {"nats": sum(nats) / len(nats), "log_n": math.log(candidates),
+    return {"nats": sum(nats) / len(nats), "log_n": sum(log_n) / len(log_n),
             "nats_by_step": {f"{k}": g for k, g in enumerate(nats, 1)},
             "units_used": len(every.unique()), "perplexity": perplexity(every).item(),
             "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds),

@@ -119,7 +119,8 @@ def test_hop_is_the_product_of_the_strides(hop, layers):
     assert encoder(torch.randn(1, 960)).shape == (1, 960 // hop, 4)
 
 
-@pytest.mark.parametrize("options, words", [(dict(hop=100), "--hop 100"), (dict(crop=1920), "--crop 1920: 12 frames"),
+@pytest.mark.parametrize("options, words", [(dict(hop=100), "--hop 100"), (dict(crop=2080), "--crop 2080: 13 frames"),
+                                            (dict(cpc_share=1.2), "--cpc-share 1.2"),
                                             (dict(negatives="other-sequences", batch_size=1), "--batch-size 1")])
 def test_sizes_that_cannot_be(options, words):
     with pytest.raises(v.UserError, match=words):
@@ -237,7 +238,7 @@ def test_info_nce_against_a_loop(negatives):
 def test_mutual_information():
     """Correlated Gaussians with the optimal critic, N = 128: log N - loss is below the mutual information, 0.8304 nats at
     rho = 0.9, and close. log p(y | x) / p(y) is bilinear in (y, y^2) and (x, 1), but for terms of x alone."""
-    rho, N, B = 0.9, 128, 400
+    rho, N, B = 0.9, 128, 150
     x = torch.randn(B, N)
     y = rho * x + math.sqrt(1 - rho ** 2) * torch.randn(B, N)
     z = F.pad(torch.stack([y, y ** 2], 2), (0, 0, 1, 0))                     # y_t stands one frame later
@@ -293,29 +294,40 @@ def test_log_line(corpus):
     close(log["nats"], math.log(N) - loss.mean(), 1e-5)
 
 
-def test_batches_of_one_speaker(corpus):
+def test_batches_of_one_speaker(corpus, monkeypatch):
+    """Different utterances, all of one speaker; another speaker on another step and another rank; never the held-out ones."""
     cfg = v.Config(**TINY | dict(negatives="same-speaker", batch_size=3))
-    seen = set()
+    seen, batches = set(), []
     for step in range(30):
-        chosen = v.pick(corpus, corpus.train[:-1], step, cfg)
+        chosen = v.of_one_speaker(corpus, corpus.train[:-1], step, cfg)
         assert len(set(corpus.speaker[chosen])) == 1 and len(set(chosen)) == 3 and 11 not in chosen
-        assert np.array_equal(chosen, v.pick(corpus, corpus.train[:-1], step, cfg))
+        assert np.array_equal(chosen, v.of_one_speaker(corpus, corpus.train[:-1], step, cfg))
         seen |= set(chosen)
+        batches.append(chosen.tolist())
     assert seen == set(range(11))                        # all speakers, all utterances
-    few = v.pick(corpus, corpus.train, 0, v.replace(cfg, batch_size=9))
-    assert len(few) == 9 and len(set(corpus.speaker[few])) == 1
-    assert v.pick(corpus, corpus.train, 0, v.replace(cfg, negatives="batch")) is None
+    monkeypatch.setattr(v, "RANK", 1)
+    assert batches != [v.of_one_speaker(corpus, corpus.train[:-1], step, cfg).tolist() for step in range(30)]
+    few = v.of_one_speaker(corpus, corpus.train, 0, v.replace(cfg, batch_size=9))
+    assert len(set(few)) == 4 and len(set(corpus.speaker[few])) == 1
 
 
 def test_the_step_draws_them(corpus, monkeypatch):
     model, optimizers, cfg = started(corpus, negatives="same-speaker", steps=40)
     drawn, get = [], v.get_batch
     monkeypatch.setattr(v, "get_batch", lambda *a, **k: drawn.append(get(*a, **k)) or drawn[-1])
+    losses = []
     for step in (*range(8), 30):
-        v.train_step(model, optimizers, corpus, step, cfg)
-    assert all(len(batch["speaker"].unique()) == 1 for batch in drawn[:8])
-    assert len({int(batch["speaker"][0]) for batch in drawn[:8]}) > 1
-    assert len(drawn[8]["speaker"].unique()) > 1                             # the decoder's are mixed
+        before = copy.deepcopy(model)
+        log = v.train_step(model, optimizers, corpus, step, cfg)
+        if step < 8:
+            loss = v.info_nce(*before(drawn[-1]["wave"]), before.predictors, cfg)[0].mean()
+            close(log["loss"], loss)
+            losses.append(loss.item())
+    assert all(len(batch["speaker"].unique()) == 1 for batch in drawn[1:16:2]) and len(set(losses)) == 8
+    assert len({int(batch["speaker"][0]) for batch in drawn[1:16:2]}) > 1
+    assert len(drawn[-1]["speaker"].unique()) > 1                            # the decoder's are mixed
+    with pytest.raises(v.UserError, match="lower --batch-size"):             # at once, not when the decoder's turn comes
+        v.train_step(model, optimizers, corpus, 0, v.replace(cfg, batch_size=13))
 
 
 # -------------------- k-means --------------------
@@ -371,14 +383,37 @@ def test_an_empty_cluster_moves_to_the_worst_point(monkeypatch):
     assert inertia[-1] < 500 < inertia[0]
 
 
-def test_units_are_fitted_on_whole_training_utterances(corpus, monkeypatch):
+@pytest.mark.parametrize("normalise", [False, True])
+def test_units_are_fitted_on_training_utterances(corpus, monkeypatch, normalise):
     seen = []
-    monkeypatch.setattr(v, "kmeans", lambda x, K, seed: seen.append(x) or (torch.ones(K, x.shape[1]), []))
-    model, _, cfg = started(corpus)
+    monkeypatch.setattr(v, "kmeans", lambda x, K, seed: seen.append((x, K, seed)) or (torch.ones(K, x.shape[1]), []))
+    model, _, cfg = started(corpus, normalise=normalise, seed=3)
     with torch.no_grad():
-        expected = torch.cat([model(corpus.wave(u)[None])[1][0] for u in corpus.train])
-    close(seen[0], expected)
-    assert (model.centroids == 1).all()
+        expected = torch.cat([model.normalised(model(corpus.wave(u)[None])[1])[0] for u in corpus.train])
+    close(seen[0][0], expected)
+    assert seen[0][1:] == (6, 3) and (model.centroids == 1).all() and model.fitted == 1
+
+
+@pytest.mark.parametrize("utterances, frames, every", [(4, 20_000, 2), (600, 100, 1), (600, 101, 2)])
+def test_units_are_fitted_on_50000_frames(monkeypatch, utterances, frames, every):
+    """Every n-th frame of at most 500 utterances."""
+    cfg, seen = v.Config(**TINY), []
+    model = v.Model(cfg, 2)
+    corpus = SimpleNamespace(train=np.arange(utterances), length=np.full(utterances, frames * cfg.hop + 7),
+                             wave=lambda u: torch.full((frames,), float(u)))
+    monkeypatch.setattr(model, "forward", lambda wave: (None, torch.stack([wave, torch.arange(frames)[None]], 2)))
+    monkeypatch.setattr(v, "kmeans", lambda x, K, seed: seen.append(x) or (torch.ones(K, cfg.d_context), []))
+    v.fit_units(model, corpus, cfg)
+    assert torch.equal(seen[0][:, 1].unique(), torch.arange(0., frames, every))
+    assert torch.equal(seen[0][:, 0].unique(), torch.arange(float(min(500, utterances)))) and len(seen[0]) <= 50_000
+
+
+def test_ranks_agree_on_the_units(corpus, monkeypatch):
+    sent = []
+    monkeypatch.setattr(v.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(v.dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
+    model, _, cfg = started(corpus)
+    assert sent[0][0] is model.centroids and sent[0][1] == 0
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -521,13 +556,14 @@ def test_nobody_has_a_voice_and_nobody_is_known():
 def test_phases_move_what_they_should(corpus):
     """Five CPC steps, at the end of the fifth the units, then five of the decoder; the rest bit-equal."""
     model, optimizers, cfg = started(corpus)
-    part = lambda name: "cpc" if name.split(".")[0] in ("encoder", "context", "predictors") else name.split(".")[0]
+    part = lambda name: {"encoder": "cpc", "context": "cpc", "predictors": "cpc"}.get(first := name.split(".")[0], first)
     for step in range(10):
         before = copy.deepcopy(model.state_dict())
         gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
         log = v.train_step(model, optimizers, corpus, step, cfg)
         moved = {part(name) for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-        assert moved == ({"cpc"}, {"cpc", "centroids"}, {"decoder"})[(step >= 4) + (step > 4)]
+        assert moved - {"fitted"} == ({"cpc"}, {"cpc", "centroids"}, {"decoder"})[(step >= 4) + (step > 4)]
+        assert model.fitted == (step >= 4)
         assert ("decoder_loss" in log) == (step > 4)
         if step > 4:                                                         # not even a gradient
             assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters() if part(name) == "cpc")
@@ -535,16 +571,41 @@ def test_phases_move_what_they_should(corpus):
             assert all(p.grad is None for p in model.decoder.parameters())
 
 
-@pytest.mark.parametrize("share, steps, first", [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1)])
+@pytest.mark.parametrize("share, steps, first", [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.29, 100, 29)])
 def test_share_of_cpc(share, steps, first, corpus, monkeypatch):
     """Units are fitted once, at the end of CPC, also when there is no decoder phase, and there is one step of CPC at least."""
     cfg, called = v.Config(**TINY | dict(cpc_share=share, steps=steps)), []
-    for name in ("cpc_step", "decoder_step", "fit_units"):
-        monkeypatch.setattr(v, name, lambda *a, name=name: called.append(name))
-    for step in {0, first - 1, first, steps - 1} & set(range(steps)):
+    model = SimpleNamespace(fitted=torch.tensor(1.))
+    for name, fitted in {"cpc_step": 0, "decoder_step": None, "fit_units": 1}.items():
+        monkeypatch.setattr(v, name, lambda *a, name=name, fitted=fitted: called.append(name) or
+                            (fitted is not None and model.fitted.fill_(fitted)))
+    for step in sorted({0, first - 1, first, steps - 1} & set(range(steps))):
         called.clear()
-        v.train_step(None, {"cpc": 0, "decoder": 0}, corpus, step, cfg)
+        v.train_step(model, {"cpc": 0, "decoder": 0}, corpus, step, cfg)
         assert called == (["decoder_step"] if step >= first else ["cpc_step"] + ["fit_units"] * (step == first - 1))
+
+
+def test_resumed_beyond_the_border(corpus):
+    """Six CPC steps, then --steps is lowered so that the next step is the decoder's: units are fitted before it."""
+    model, optimizers, cfg = started(corpus, steps=20)
+    for step in range(6):
+        v.train_step(model, optimizers, corpus, step, cfg)
+    assert model.fitted == 0
+    before = model.centroids.clone()
+    v.train_step(model, optimizers, corpus, 6, v.replace(cfg, steps=8))
+    fitted = model.centroids.clone()
+    v.train_step(model, optimizers, corpus, 7, v.replace(cfg, steps=8))
+    assert model.fitted == 1 and not torch.equal(before, fitted) and torch.equal(fitted, model.centroids)
+    v.train_step(model, optimizers, corpus, 8, v.replace(cfg, steps=40))     # CPC again
+    assert model.fitted == 0 and torch.equal(fitted, model.centroids)
+
+
+def test_optimizers(corpus):
+    """Adam for CPC; for the decoder AdamW with HiFi-GAN's momenta."""
+    cpc, decoder = v.make_optimizers(v.Model(v.Config(**TINY | dict(lr=0.007)), 3), v.Config(lr=0.007)).values()
+    assert type(cpc) is torch.optim.Adam and type(decoder) is torch.optim.AdamW
+    assert (cpc.defaults["lr"], cpc.defaults["betas"], cpc.defaults["weight_decay"]) == (0.007, (0.9, 0.999), 0)
+    assert (decoder.defaults["lr"], decoder.defaults["betas"], decoder.defaults["weight_decay"]) == (0.007, (0.8, 0.99), 0.01)
 
 
 def test_decoder_loss_by_hand(corpus):
@@ -627,6 +688,8 @@ def test_sample(corpus, tmp_path, negatives):
     assert metrics["bits_per_second_merged"] < metrics["bits_per_second"] and metrics["units_used"] == len(every.unique())
     N = {"sequence": 37, "other-sequences": 3 * 37 + 1}.get(negatives, 4 * 37)
     close(metrics["log_n"], math.log(N))
+    model.predictors.weight.data.zero_()
+    assert abs(v.sample(model, corpus, cfg, tmp_path)["nats"]) < 1e-5
     assert list(metrics["nats_by_step"]) == ["1", "2", "3"]
     close(metrics["nats"], sum(metrics["nats_by_step"].values()) / 3)
     for error in ("vde", "ffe"):
@@ -635,8 +698,8 @@ def test_sample(corpus, tmp_path, negatives):
     assert all(metrics["ffe"][name] >= metrics["vde"][name] for name in metrics["vde"])
     assert metrics["ffe"]["copy"] < 0.3
     files = {p.name for p in tmp_path.glob("*.wav")}
-    assert files == {f"u{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
-    assert all(sf.info(tmp_path / f"u{i}_copy.wav").frames == corpus.length[i] for i in range(3))
+    assert files == {f"{i}_u{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
+    assert all(sf.info(tmp_path / f"{i}_u{i}_copy.wav").frames == corpus.length[i] for i in range(3))
 
 
 def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
@@ -653,7 +716,35 @@ def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
         assert torch.equal(f0, model.f0(wave, s)) and torch.equal(flat, torch.where(f0 > 0, 10, 0)) and (f0 > 0).any()
 
 
-# -------------------- it learns --------------------
+# -------------------- the whole --------------------
+def test_a_quarter_of_the_toy_run(tmp_path, monkeypatch):
+    """Both phases, against the untrained control: c gains phones, units lose more of the speaker than c has lost, InfoNCE falls
+    below log N, and far more conversions than sources are closer to the target's average spectrum than to the source's."""
+    monkeypatch.chdir(tmp_path)
+    cfg = v.Config(**v.TOY | dict(steps=360, cpc_share=0.8, probe=200, device="cpu"))
+    with redirect_stdout(io.StringIO()):
+        corpus = v.load_corpus(cfg)
+    torch.manual_seed(0)
+    model = v.Model(cfg, corpus.known)
+    v.prepare(model, corpus, cfg)
+    optimizers = v.make_optimizers(model, cfg)
+    logs = [v.train_step(model.train(), optimizers, corpus, step, cfg) for step in range(cfg.steps)]
+    table = v.evaluate(model.eval(), corpus, cfg)
+    rows, us = table["representations"], corpus.held[:16]
+    assert logs[287]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[288]["decoder_loss"]
+    assert rows["c"]["phone"] > rows["c untrained"]["phone"] + 0.1
+    assert rows["units"]["speaker"] < rows["c"]["speaker"] - 0.15 and rows["units"]["phone"] > rows["units untrained"]["phone"]
+    source = torch.from_numpy(corpus.speaker[us])
+    aims = (source + 1 + torch.arange(16) % 7) % 8
+    waves = [corpus.wave(u) for u in us]
+    spectrum = lambda wave: model.features(wave[None])[0].mean(0)
+    average = torch.stack([torch.stack([spectrum(corpus.wave(u)) for u in corpus.train[corpus.speaker[corpus.train] == s][:20]])
+                           .mean(0) for s in range(8)])
+    off = lambda waves, s: torch.stack([(spectrum(w) - average[i]).abs().mean() for w, i in zip(waves, s)])
+    closer = lambda waves: (off(waves, aims) < off(waves, source)).float().mean()
+    assert closer(v.convert(model, waves, aims.tolist(), cfg)) > closer(waves) + 0.5
+
+
 @GPU
 def test_cuda_equals_cpu(corpus):
     model, _, cfg = started(corpus)
