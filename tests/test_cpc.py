@@ -165,6 +165,42 @@ def test_channel_norm_by_hand():
     assert not any(isinstance(layer, v.ChannelNorm) for layer in v.Encoder(v.Config(channels=4, norm="none")))
 
 
+def test_layers_in_order():
+    """Convolution, norm, ReLU; so z is not negative."""
+    encoder = v.Encoder(v.Config(channels=8))
+    assert [type(layer) for layer in encoder] == [nn.Conv1d, v.ChannelNorm, nn.ReLU] * 5
+    assert (encoder(torch.randn(2, 1600)) >= 0).all()
+
+
+def test_float32_under_autocast():
+    """Encoder and decoder may be bfloat16; what leaves the model is not."""
+    model = v.Model(v.Config(**TINY), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, c = model(torch.randn(2, 1600))
+    assert z.dtype == c.dtype == torch.float32
+
+
+@pytest.mark.parametrize("samples", [1, 60, 79])
+def test_a_clip_shorter_than_a_hop(samples, corpus):
+    """Is one frame, everywhere; a folder may hold such a file."""
+    model, _, cfg = started(corpus)
+    wave = 0.1 * torch.randn(1, samples)
+    assert model(wave)[1].shape == (1, 1, 12) and model.units(wave).shape == model.f0(wave).shape == (1, 1)
+    assert model.features(wave).shape == (1, 1, 20) and len(v.convert(model, [wave[0]], [1], cfg)[0]) == samples
+    started(corpus_of([wave[0], tone(100), tone(200)], [0, 0, 1]))
+
+
+def test_decoder_is_residual():
+    """With blocks that put out zero what is left is the first and the last layer."""
+    cfg = v.Config(**TINY)
+    decoder = v.Decoder(cfg, 3)
+    for block in decoder.blocks:
+        nn.init.zeros_(block[3].weight), nn.init.zeros_(block[3].bias)
+    units, f0, s = torch.randint(6, (2, 9)), torch.randint(20, (2, 9)), torch.tensor([0, 2])
+    x = torch.cat([decoder.unit(units), decoder.f0(f0), decoder.speaker(s)[:, None].repeat(1, 9, 1)], 2)
+    close(decoder(units, f0, s), decoder.leave(decoder.enter(x.mT)).mT)
+
+
 def test_decoder_sees_what_it_is_told():
     """Units and F0 near a frame change it, far away they do not; another speaker changes every frame; order is kept."""
     cfg = v.Config(**TINY | dict(blocks=3))
@@ -268,6 +304,24 @@ def test_gradient_flows_to_all_of_cpc_and_from_every_k(corpus):
     assert (z.grad[:, 0] == 0).all() and (z.grad[:, 1:] != 0).any(2).all()   # frame 0 is nobody's future
 
 
+def test_a_step_is_one_on_the_mean(corpus, monkeypatch):
+    """Every matrix W_k has the gradient of the mean over k, from a fresh batch."""
+    model, optimizers, cfg = started(corpus)
+    get, asked = v.get_batch, []
+    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step, **k: asked.append((step, k)) or get(corpus, cfg, step, **k))
+    for step in (0, 3):
+        before = copy.deepcopy(model)
+        v.train_step(model, optimizers, corpus, step, cfg)
+        loss, _ = v.info_nce(*before(get(corpus, cfg, step)["wave"]), before.predictors, cfg)
+        before.zero_grad()
+        (sum(loss) / 3).backward()
+        for (name, p), q in zip(model.named_parameters(), before.parameters()):
+            if not name.startswith("decoder"):
+                close(p.grad, q.grad, 1e-5)
+        assert (model.predictors.weight.grad.unflatten(0, (3, 16)).abs().amax((1, 2)) > 1e-6).all()
+    assert asked == [(0, {}), (3, {})]
+
+
 def test_it_learns_one_batch_by_heart():
     """A quarter of the toy's size, one batch again and again: the loss falls below half of log N."""
     wave = torch.cat([tone(torch.linspace(100, 300, 4800).roll(1200 * i), 0.6, noise=0.02)[None] for i in range(4)])
@@ -355,6 +409,25 @@ def test_kmeans_is_the_best_of_its_starts_and_repeats_itself():
     assert not torch.equal(v.kmeans(x, 12, 3)[0], v.kmeans(x, 12, 4)[0])
 
 
+def test_seeds_are_drawn_in_proportion_to_the_distance():
+    """Ten tight blobs: with k-means++ nearly every seed is in another one, and the best of five starts has no blob twice."""
+    x = torch.arange(10.).repeat_interleave(60)[:, None] + 0.01 * torch.randn(600, 1)
+    for seed in range(4):
+        assert v.kmeans(x, 10, seed)[1][0] < 1
+    far = torch.cat([x, torch.full((600, 1), 5.)])                           # a crowd does not draw the seeds
+    assert v.kmeans(far, 10, 0, starts=1)[1][0] < 70
+
+
+def test_five_starts_and_an_end():
+    """The default is five starts; rounds end when they gain next to nothing."""
+    x, better = torch.randn(300, 3), 0
+    for seed in range(12):
+        four, five, default = (v.kmeans(x, 12, seed, **options)[1] for options in (dict(starts=4), dict(starts=5), {}))
+        assert default == five and len(five) < 100 and five[-2] - five[-1] <= 1e-4 * five[-1]
+        better += five[-1] < four[-1]
+    assert better and all(a > b * (1 + 1e-4) for a, b in zip(five[:-2], five[1:-1]))
+
+
 def test_assign_against_cdist():
     x, centroids = torch.randn(4, 9, 5), torch.randn(7, 5)
     ids, d = v.assign(x, centroids)
@@ -381,6 +454,9 @@ def test_an_empty_cluster_moves_to_the_worst_point(monkeypatch):
     centroids, inertia = v.kmeans(x, 2, 0, starts=1)
     close(centroids.sort(0).values, torch.stack([x[:50].mean(0), x[50:].mean(0)]), 1e-4)
     assert inertia[-1] < 500 < inertia[0]
+    x = torch.cat([torch.randn(50, 2), torch.tensor([[300., 0.], [0., 400.]])])
+    centroids, inertia = v.kmeans(x, 3, 0, starts=1)                         # both far points get one, in the same round
+    assert inertia[-1] < 500 and len(inertia) <= 4
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -429,6 +505,8 @@ def test_units(corpus, normalise):
     assert torch.equal(model.normalised(3 * c + 1), 3 * c + 1) != normalise
     if normalise:
         close(model.normalised(3 * c + 1), model.normalised(c), 1e-4)
+        close(model.normalised(c).square().mean(1), torch.ones(1, 12), 1e-3)
+        assert (model.normalised(torch.ones(1, 5, 12)) == 0).all()
 
 
 # -------------------- F0 --------------------
@@ -478,10 +556,27 @@ def test_yin_tells_voiced_from_unvoiced_frames():
 
 
 def test_yin_takes_the_median_of_five():
-    """Four periods, which one or two frames alone would take for a voice, are none."""
-    cfg, wave = v.Config(), torch.zeros(1, 8000)
-    wave[0, 4000:4320] = tone(200, 0.02, 16000, noise=0)                     # too short to be a voice
-    assert (v.yin(wave, cfg) == 0).all()
+    """Up to six periods, which one or two frames alone would take for a voice, are none; twelve are one."""
+    cfg = v.Config()
+    for periods in (4, 5, 6, 12):
+        wave = torch.zeros(1, 8000)
+        wave[0, 4000:4000 + 80 * periods] = tone(200, periods / 200, 16000, noise=0)
+        assert (v.yin(wave, cfg) == 0).all() == (periods < 12), periods
+
+
+def test_yin_keeps_to_its_range():
+    """400 Hz is found; 500 Hz is not, but for its half, and what is below 50 Hz has no pitch. An offset is no loudness."""
+    cfg, t = v.Config(), torch.arange(8000) / 16000
+    f0 = lambda f: v.yin(0.1 * (2 * math.pi * f * t).sin()[None], cfg)[0, 4:-4]
+    assert ((f0(400) - 400).abs() < 1).all() and ((f0(500) - 250).abs() < 1).all() and (f0(45) == 0).all()
+    assert (v.yin(1e-4 * tone(150, 0.5, 16000, noise=0)[None] + 0.01, cfg) == 0).all()
+
+
+def test_yin_is_centred():
+    """On a glide from 100 to 300 Hz in a second F0 is at most 3 ms early or late."""
+    f = torch.linspace(100, 300, 16000)
+    f0 = v.yin(tone(f, 1, 16000, noise=0)[None], v.Config())[0]
+    assert ((f0[6:94] - f[960:15040:160]).abs() < 0.003 * 200).all() and (f0[6:94] - f[960:15040:160]).mean().abs() < 0.3
 
 
 def test_f0_errors_by_hand():
@@ -517,6 +612,11 @@ def test_f0_of_an_unknown_voice(corpus):
     expected = ((log - log.mean()) / model.f0_std.mean() * 19 / 5 + 9.5).floor() + 1
     assert ((low[low > 0] - expected.clamp(1, 19)).abs() <= 1).all() and low[low > 0].float().std() > 1
     assert (model.f0(torch.zeros(1, 4000)) == 0).all()
+    model.f0_std[:] = torch.tensor([0.05, 0.1, 0.3])                         # on average 0.15
+    expected = ((log - log.mean()) / 0.15 * 19 / 5 + 9.5).floor() + 1
+    both = torch.stack([tone(melody, 1), tone(melody * 1.4, 1)])
+    assert ((model.f0(both[:1])[f0 > 0] - expected).abs() <= 1).all()
+    assert torch.equal(model.f0(both), torch.cat([model.f0(both[:1]), model.f0(both[1:])]))      # each its own mean
 
 
 # -------------------- statistics and phases --------------------
@@ -537,10 +637,12 @@ def test_statistics(corpus):
 
 
 def test_statistics_of_25_utterances_each():
-    waves = [tone(100 if u < 25 else 300, 0.2) for u in range(30)] + [tone(200, 0.2), 0.03 * torch.randn(1600)]
+    waves = [tone(100 if u < 24 else 150 if u == 24 else 300, 0.2) for u in range(30)]
+    waves += [tone(200, 0.2), 0.03 * torch.randn(1600)]
     model, _, cfg = started(corpus_of(waves, [0] * 30 + [1, 2]))
-    close(model.f0_mean[:2].exp(), [100., 200.], 1e-2)
-    assert abs(model.f0_mean[2].exp() - 103) < 3 and (model.f0_std >= 0.02).all()     # who has no voice: that of all
+    close(model.f0_mean[:2].exp(), [100 * 1.5 ** 0.04, 200.], 1e-2)
+    assert abs(model.f0_mean[2].exp() - 104) < 3 and (model.f0_std >= 0.02).all()     # who has no voice: that of all
+    assert model.f0_std[1] == torch.tensor(0.02)
 
 
 def test_nobody_has_a_voice_and_nobody_is_known():
@@ -550,7 +652,19 @@ def test_nobody_has_a_voice_and_nobody_is_known():
     model = v.Model(cfg, 2)
     v.prepare(model, corpus, cfg)
     assert all(x.isfinite().all() for x in model.buffers()) and (model.mel_std > 0).all()
-    close(model.f0_mean.exp(), torch.full((2,), 128.), 1)
+    close(model.f0_mean, torch.full((2,), 4.85))
+    close(model.f0_std, torch.full((2,), 0.5 / math.sqrt(2)))
+
+
+def test_a_single_voiced_frame_and_digital_silence(monkeypatch):
+    """Are no statistics: that voice gets those of all, and a band of nothing a deviation of 0.01."""
+    f0 = {1600: torch.tensor([[100., 0, 200]]), 1760: torch.tensor([[0., 0, 130]])}
+    monkeypatch.setattr(v, "yin", lambda wave, cfg: f0[wave.shape[1]])
+    model, _, _ = started(corpus_of([torch.zeros(1600), torch.zeros(1600), torch.zeros(1760)], [0, 0, 1]), units=1)
+    every = torch.tensor([100, 200, 100, 200, 130., math.exp(4.6), math.exp(5.1)]).log()
+    close(model.f0_mean[1], every.mean(), 1e-5)
+    close(model.f0_std[1], every.std(), 1e-5)
+    close(model.mel_std, torch.full((20,), 0.01))
 
 
 def test_phases_move_what_they_should(corpus):
@@ -626,14 +740,17 @@ def test_decoder_learns(corpus):
 
 
 # -------------------- what it is good for --------------------
-def test_represent(corpus):
-    model, _, cfg = started(corpus)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_represent(corpus, normalise):
+    model, _, cfg = started(corpus, normalise=normalise)
     wave = corpus.wave(3)
     x = v.represent(model, wave, cfg)
     z, c = model(wave[None])
     assert list(x) == ["z", "c", "units"] and torch.equal(x["z"], z[0]) and torch.equal(x["c"], c[0])
     assert x["units"].shape == (len(wave) // 80, 6) and torch.equal(x["units"].argmax(1), model.units(wave[None])[0])
     assert (x["units"].sum(1) == 1).all() and not any(y.requires_grad for y in x.values())
+    model.centroids[1:] = 100.0                                              # all frames are unit 0
+    assert v.represent(model, wave, cfg)["units"].shape[1] == 6
 
 
 def test_convert(corpus):
@@ -665,6 +782,7 @@ def test_vocode_undoes_features(corpus):
     f0 = v.yin(again, cfg)[0, 8:-8]
     assert ((f0 - 140).abs() < 3).float().mean() > 0.9
     assert (model.features(again) - model.features(wave))[:, 8:-8].abs().mean() < 0.25
+    assert again[0, -80:].std() > 0.3 * wave[0, -80:].std()                  # to the very end
 
 
 def test_perplexity_and_bit_rate():
@@ -700,6 +818,62 @@ def test_sample(corpus, tmp_path, negatives):
     files = {p.name for p in tmp_path.glob("*.wav")}
     assert files == {f"{i}_u{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
     assert all(sf.info(tmp_path / f"{i}_u{i}_copy.wav").frames == corpus.length[i] for i in range(3))
+
+
+def other_corpus():
+    """Held out are other utterances than those trained on, of very different lengths, some of unknown speakers."""
+    lengths = [0.3, 0.4, 4.0, 0.5, 0.3, 0.35, 0.3, 0.45, 0.5, 0.4]
+    c = corpus_of([tone(100 + 15 * i, seconds) for i, seconds in enumerate(lengths)], [0, 1, 0, 1, 2, 2, 0, 1, 0, 1])
+    c.train, c.held, c.known = np.array([0, 1, 6, 7, 8, 9]), np.array([2, 3, 4, 5]), 2
+    return c
+
+
+@pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
+def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
+    """InfoNCE on eight batches of different held-out utterances, not those of training steps; F0 of known speakers, of 3 s
+    at most; unit figures of `probe` utterances, rates per second, runs per utterance."""
+    corpus = other_corpus()
+    model, _, cfg = started(corpus, negatives=negatives, batch_size=3, probe=3)
+    get, asked, forward, given = v.get_batch, [], model.decoder.forward, []
+    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step, draw, utterances:
+                        asked.append((step, draw, utterances.tolist())) or get(corpus, cfg, step, draw, utterances))
+    monkeypatch.setattr(model.decoder, "forward", lambda *a: given.append(a) or forward(*a))
+    metrics = v.sample(model, corpus, cfg, tmp_path)
+    assert [a[:2] for a in asked] == [(i, 1000) for i in range(8)]
+    used = [a[2] for a in asked]
+    if negatives == "batch":
+        assert used[:4] == [[2, 3, 4], [5, 2, 3], [4, 5, 2], [3, 4, 5]]
+    else:
+        assert all(u in ([2], [3], [4, 5], [5, 4]) for u in used) and len(set(map(str, used))) > 1
+    gains = []
+    for a in asked:
+        loss, N = v.info_nce(*model(get(corpus, cfg, a[0], a[1], np.array(a[2]))["wave"]), model.predictors, cfg)
+        gains.append((math.log(N) - loss, math.log(N)))
+    close(metrics["nats"], torch.stack([g for g, _ in gains]).mean(), 1e-5)
+    close(metrics["log_n"], sum(n for _, n in gains) / 8)
+    assert [len(a[0][0]) for a in given[::2]] == [300, 50] and [int(a[2]) for a in given[::2]] == [0, 1]   # 4 and 5: unknown
+    assert sf.info(tmp_path / "0_u2_copy.wav").frames == 24000
+    ids = [model.units(corpus.wave(u)[None])[0] for u in (2, 3, 4)]
+    seconds, every = 4.8, torch.cat(ids)
+    runs = torch.cat([k.unique_consecutive() for k in ids])
+    assert len(open(tmp_path / "units.txt").readlines()) == 3
+    close(metrics["perplexity"], v.perplexity(every), 1e-5)
+    close(metrics["bits_per_second"], len(every) / seconds * math.log2(v.perplexity(every)), 1e-4)
+    close(metrics["bits_per_second_merged"], len(runs) / seconds * math.log2(v.perplexity(runs)), 1e-4)
+    heard = [v.yin(v.read_audio(tmp_path / f"{i}_u{u}_copy.wav", 8000)[None], cfg)[0] for i, u in enumerate((2, 3))]
+    truth = [v.yin(corpus.wave(u)[None, :24000], cfg)[0] for u in (2, 3)]
+    wrong = torch.cat([(a > 0) != (b > 0) for a, b in zip(heard, truth)]).float().mean()     # of frames, not of utterances
+    close(metrics["vde"]["copy"], wrong, 0.02)
+    corpus.held = corpus.held[2:]                                            # unknown speakers alone
+    assert v.sample(model, corpus, cfg, tmp_path)["vde"] == {}
+
+
+def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
+    """100 Hz in the source and 121 in the copy is an error; the other way round it would be none."""
+    model, _, cfg = started(corpus)
+    monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
+    monkeypatch.setattr(v, "yin", lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 121. if (wave == 0.5).all() else 100.))
+    assert v.sample(model, corpus, cfg, tmp_path)["ffe"] == dict.fromkeys(("copy", "resynthesis", "flat_f0"), 1.0)
 
 
 def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
@@ -753,9 +927,14 @@ def test_cuda_equals_cpu(corpus):
     got = *model.cuda()(wave.cuda()), model.f0(wave.cuda()), v.yin(wave.cuda(), cfg)
     for a, b in zip(got, expected):
         close(a.cpu().float(), b.float(), 1e-3)
-    model, optimizers, cfg = started(corpus, device="cpu")
+    z, c = expected[:2]
+    loss = v.info_nce(z, c, model.cpu().predictors, cfg)[0]
+    with torch.autocast("cuda", torch.bfloat16):                             # switched off inside
+        close(v.info_nce(z.cuda(), c.cuda(), model.cuda().predictors, cfg)[0].cpu(), loss, 1e-4)
+        close(model.context(z.cuda())[0].float().cpu(), c, 0.1)
+        ids = model.units(wave.cuda())
+    assert torch.equal(ids, model.units(wave.cuda()))
     cfg = v.replace(cfg, device="cuda")
-    model = model.cuda()
     optimizers = v.make_optimizers(model, cfg)
     for step in (0, 4, 5):
         with torch.autocast("cuda", torch.bfloat16):
