@@ -2,73 +2,67 @@
 """CPC: what is said is what helps to predict the future; and speech again from its discrete units.
 
 van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv:1807.03748;
-and Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Representations",
-Interspeech 2021, arXiv:2104.00355.
+Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Representations", Interspeech
+2021, arXiv:2104.00355.
 
-The idea. An encoder turns 10 ms of waveform into a vector z, a recurrent network sums up all z so far in c,
-and from c the z of the next 12 frames are predicted. To predict is to pick the true future among others,
-not to draw it, so nothing forces the model to keep what cannot be predicted, such as noise, or need not be.
-WHICH others decides what is learned: against frames of other speakers it is enough to know the voice,
-against frames of the same utterance the voice is of no use and what is left is what is said. There is no
-decoder. To hear what c holds, it is clustered into discrete units, and a decoder, trained with all else
-frozen, turns units, F0 and speaker into speech; another speaker, and the voice is converted.
+The idea. An encoder turns every 10 ms of waveform into a vector z, a recurrent network sums up all z so far
+in c, and from c the next 12 z are predicted. To predict is to pick the true one among others, not to draw
+it, so nothing has to be kept that does not help. WHICH others decides what is learned: against frames of
+other speakers it is enough to know the voice, against frames of the same utterance the voice is of no use,
+and what is left is what is said. There is no decoder. To hear what c holds it is clustered into discrete
+units, and a decoder, trained with all else frozen, makes speech of units, F0 and speaker; with another
+speaker the voice is converted.
 
-    wave (B, N) -> 5 convolutions, strides 5 4 2 2 2 (TOY: the first 4, at 8 kHz) -> z (B, T, C), T = N / 160
-    z -> GRU -> c (B, T, D)           c -> W_1 .. W_K: (B, T, K, C), predictions of z_{t+1} .. z_{t+K}
-    c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      table -> speaker (B, E)
-    embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
+    wave (B, samples) -> 5 convolutions, strides 5, 4, 2, 2, 2 (TOY: 4) -> z (B, T, C), T = samples / 160
+    z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T, K, C)
+    c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      speaker (B,)
+    their embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
 
     f_k(x_{t+k}, c_t) = exp(z_{t+k} W_k c_t)                                                        Eq. (3)
     L_k = - E log f_k(x_{t+k}, c_t) / sum over N candidates x_j of f_k(x_j, c_t)                    Eq. (4)
     log N - L_k, in nats, is at most log N and bounds the mutual information of x_{t+k} and c_t from below
     if candidates are independent, which neighbours in time are not.
 
-    symbol   here                   shape             symbol      here                  shape or value
-    g_enc    model.encoder: z       (B, T, C)         K           cfg.prediction_steps  12
-    g_ar     model.context: c       (B, T, D)         N           all contexts' futures B (T - K) (U1)
-    W_k      model.predictors       (K C, D)          z_c         model.units           (B, T)
-    f_k      exp(score)             (.., N)           z_F0, z_spk model.f0; speaker     (B, T); (B,)
+    symbol   here                   shape             symbol         here                  shape or value
+    g_enc    model.encoder: z       (B, T, C)         K              cfg.prediction_steps  12
+    g_ar     model.context: c       (B, T, D)         N              candidates (U1)       B (T - K) = 928
+    W_k      model.predictors       (K C, D)          z_c, z_F0      model.units, .f0      (B, T)
+    f_k      exp(score)             (.., N, N)        z_spk          decoder.speaker       (S, E)
 
-Table 2 of the paper, phone accuracy: negatives from batches of mixed speakers 64.6 %, of one speaker 65.5,
-only from the sequence itself 65.2, and, the harmful choice, from mixed speakers without the sequence itself
-57.3 (of one speaker without it, which is not offered here, 64.6); 2, 4, 8, 12, 16 steps: 28.5, 57.6, 63.6,
-64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences, and --prediction-steps.
+Table 2 of the paper, phone accuracy: negatives of mixed speakers 64.6 %, of the same speaker 65.5, of the
+sequence alone 65.2; and, the harmful choice, of mixed speakers without the sequence itself 57.3. 2, 4, 8,
+12, 16 steps: 28.5, 57.6, 63.6, 64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences,
+and --prediction-steps. (The fifth row, of the same speaker without the sequence itself, 64.6, is not
+offered.)
 
-Differs from the papers.
+Differs from the papers
 D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
-    none); BatchNorm, which some have put there, lets a frame know its future.
-D2  The score is scaled by 1 / sqrt(C). With the paper's plain product (--score-scale 1) the loss first
-    stays at log N for a while.
+    none); BatchNorm would let a frame know its future.
+D2  The score is scaled, by 1 / sqrt(C); --score-scale 1 is the paper.
 D3  Units are clusters of c of this CPC. Polyak et al. take an inner layer of a larger one, trained on 6000
     hours.
-D4  F0 by YIN, 100 times a second, in uniform bins, and a token for unvoiced. There: YAAPT, 20 codes of a
-    VQ-VAE, 12.5 a second, for which an unvoiced frame is one at the speaker's mean.
-D5  The decoder makes a log-mel spectrum, with an L1 loss, and Griffin-Lim the wave. There: a HiFi-GAN.
+D4  F0 by YIN, at the rate of c, in uniform bins, and a token for unvoiced. There: YAAPT, and 20 codes of a
+    VQ-VAE, 12.5 a second; an unvoiced frame is one at the speaker's mean.
+D5  The decoder makes a log-mel spectrum, learned by L1 at a constant rate, Griffin-Lim the wave. There: a
+    HiFi-GAN, with its discriminators.
 D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
     for those of the speaker, with which the decoder was trained.
 The papers do not say
-U1  how many candidates there are, and how they are drawn. Here all frames of the minibatch that stand k
-    after a context, by matrix product: N = 928. Under torchrun candidates are those of one GPU, as in the
-    paper (8 of 8).
-U2  how the encoder pads: here so that T = N // 160 for every N (the first paper has a vector per 160
-    samples).
-U3  how the K losses are joined: here their mean.
-U4  where the GRU starts: here from zeros in each crop and in each utterance, so the first frames of c know
-    little.
+U1  how many candidates there are. Here all frames of the minibatch that are k later than a context. Under
+    torchrun those of one GPU, as in the paper, which had 8 with 8 sequences each.
+U2  how the encoder pads: here so that T = samples // 160.
+U3  how the losses of the K steps are joined: here by their mean.
+U4  where the GRU starts: here from zeros, in each crop and in each utterance.
 
-The log shows nats_k = log N - loss_k; 0 is chance, negative in the first steps, and most of it is at small
-k: z_1 and z_2 share samples with c. In result.json metrics.nats are those of held-out speech (log_n: the
-most there could be); bits_per_second of the units' entropy, also with repeated units merged; vde: frames of
-wrong voicing, ffe: of that or F0 off by more than 20 %, of the resynthesis by the speaker's own table row,
-beside Griffin-Lim copies and a flat_f0, which shows what units say of F0. To compare with the paper: its
-phones are read from c by a linear probe of each frame, as here; its speakers per frame, here from the mean
-of an utterance.
+The log shows nats_k = log N - loss_k: 0 is chance; most of it is at small k (z_{t+1} and z_{t+2} share
+samples with c_t). In result.json metrics.nats are those of held-out speech; vde: share of frames of wrong
+voicing, ffe: of these and where F0 is off by over 20 %, for Griffin-Lim copies, for the resynthesis as the
+speaker himself, and with flat_f0, which shows what units say of F0. The paper reads phones from c as here;
+speakers per frame, here per utterance.
 
     python cpc.py                                       a toy corpus, two minutes on two CPU cores
-    python cpc.py --data DIR --negatives other-sequences      any folder of audio, the paper's size, for a GPU
+    python cpc.py --data DIR --negatives same-speaker   any folder of audio, the paper's size, for a GPU
     python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
-
-Measured on CPU threads, not on a GPU.
 """
 import argparse
 import collections
@@ -137,8 +131,8 @@ class Config:
 
 # The same model, narrower, at 8 kHz with a convolution less, for two CPU cores and two minutes.
 TOY = dict(sample_rate=8000, n_fft=512, win=320, hop=80, crop=10240, steps=1300, lr=2e-3, log_every=50,
-           save_every=500, cpc_share=0.7, channels=64, d_context=64, negatives="sequence", score_scale=0.125,
-           units=25, hidden=128)
+           save_every=500, probe=1500, cpc_share=0.7, channels=64, d_context=64, negatives="sequence",
+           score_scale=0.125, units=25, hidden=128)
 TARGET = "speaker"               # what convert takes: the name of a training speaker
 STRIDES = (5, 4, 2, 2, 2)        # of the encoder; a layer for each, as many as make up cfg.hop
 
