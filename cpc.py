@@ -7,13 +7,12 @@ Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Re
 
 The idea. An encoder turns every 10 ms of waveform into a vector z, a recurrent network sums up all z so far
 in c, and from c the next 12 z are predicted. To predict is to pick the true one among others, not to draw
-it, so nothing has to be kept that does not help. WHICH others decides what is learned: against frames of
-other speakers it is enough to know the voice, against frames of the same utterance the voice is of no use,
-and what is left is what is said. There is no decoder. To hear what c holds it is clustered into discrete
-units, and a decoder, trained with all else frozen, makes speech of units, F0 and speaker; with another
-speaker the voice is converted.
+it. WHICH others decides what is learned: against frames of other speakers it is enough to know the voice,
+against frames of the same utterance the voice is of no use, and what is left is what is said. There is no
+decoder. To hear what c holds it is clustered into discrete units, and a decoder, trained with all else
+frozen, makes speech of units, F0 and speaker; with another speaker the voice is converted.
 
-    wave (B, samples) -> 5 convolutions, strides 5, 4, 2, 2, 2 (TOY: 4) -> z (B, T, C), T = samples / 160
+    wave (B, samples) -> 5 convolutions, strides 5, 4, 2, 2, 2 (TOY: 4) -> z (B, T, C), T = samples / hop
     z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T, K, C)
     c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      speaker (B,)
     their embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
@@ -32,8 +31,7 @@ speaker the voice is converted.
 Table 2 of the paper, phone accuracy: negatives of mixed speakers 64.6 %, of the same speaker 65.5, of the
 sequence alone 65.2; and, the harmful choice, of mixed speakers without the sequence itself 57.3. 2, 4, 8,
 12, 16 steps: 28.5, 57.6, 63.6, 64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences,
-and --prediction-steps. (The fifth row, of the same speaker without the sequence itself, 64.6, is not
-offered.)
+and --prediction-steps. (The fifth row is not offered.)
 
 Differs from the papers
 D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
@@ -43,8 +41,8 @@ D3  Units are clusters of c of this CPC. Polyak et al. take an inner layer of a 
     hours.
 D4  F0 by YIN, at the rate of c, in uniform bins, and a token for unvoiced. There: YAAPT, and 20 codes of a
     VQ-VAE, 12.5 a second; an unvoiced frame is one at the speaker's mean.
-D5  The decoder makes a log-mel spectrum, learned by L1 at a constant rate, Griffin-Lim the wave. There: a
-    HiFi-GAN, with its discriminators.
+D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate, Griffin-Lim the wave. There:
+    HiFi-GAN.
 D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
     for those of the speaker, with which the decoder was trained.
 The papers do not say
@@ -70,11 +68,11 @@ read in 89, 88, 88 % of frames (untrained 48, 44, 46; log-mel 91), from units in
 c in 68, 69, 71 % (untrained 91, 84, 76), from units in 28, 23, 23 (chance 12). InfoNCE is 1.34, 1.24, 1.30
 nats below log N. Of conversions 96, 100, 92 % are heard as the target, none as the source; they keep 84 % of
 the phones (copies 91). VDE is 19, 17, 17 % (copies 2): harmonics get lost in the blur of L1. --score-scale 1
-stays at log N for 400 of 910 steps, and in another trial for all.
+stays at log N for 400 of 910 steps, once for all of 900 (a trial); --norm none: phones from c 70 %.
 Phones from c, speaker from c, in %, of seed 0; EmoDB, 2000 steps of TOY's size (untrained 23, 41; log-mel
 38, 91):
            batch   same-speaker   sequence   other-sequences     2, 4, 8, 12, 16 steps, sequence
-toy       BATCH       SAME         89, 68        75, 100
+toy       80, 100     SAME         89, 68        75, 100
 EmoDB     35, 86      36, 86       41, 59        32, 91          24, 33, 39, 41, 41
 As in the paper, without the sequence itself phones are worst and the speaker is best, and so is the EER of
 unseen speakers: on the toy 12 % (sequence 47, log-mel 37), on LibriSpeech 13 (31; 24). On real speech units
