@@ -8,12 +8,12 @@ Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Re
 The idea. An encoder turns every 10 ms of waveform into a vector z, a recurrent network sums up all z so far
 in c, and from c the next 12 z are predicted. To predict is to pick the true one among others, not to draw
 it. WHICH others decides what is learned: against frames of other speakers it is enough to know the voice,
-against frames of the same utterance the voice is of no use, and what is left is what is said. There is no
-decoder. To hear what c holds it is clustered into discrete units, and a decoder, trained with all else
-frozen, makes speech of units, F0 and speaker; with another speaker the voice is converted.
+against frames of the same utterance the voice alone is of no use. There is no decoder. To hear what c holds
+it is clustered into discrete units, and a decoder, trained with all else frozen, makes speech of units, F0
+and speaker; with another speaker the voice is converted.
 
     wave (B, samples) -> 5 convolutions, strides 5, 4, 2, 2, 2 (TOY: 4) -> z (B, T, C), T = samples / hop
-    z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T, K, C)
+    z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T - K, K, C)
     c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      speaker (B,)
     their embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
 
@@ -31,7 +31,7 @@ frozen, makes speech of units, F0 and speaker; with another speaker the voice is
 Table 2 of the paper, phone accuracy: negatives of mixed speakers 64.6 %, of the same speaker 65.5, of the
 sequence alone 65.2; and, the harmful choice, of mixed speakers without the sequence itself 57.3. 2, 4, 8,
 12, 16 steps: 28.5, 57.6, 63.6, 64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences,
-and --prediction-steps. (The fifth row is not offered.)
+and --prediction-steps. (Not here: one speaker, without the sequence itself, 64.6.)
 
 Differs from the papers
 D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
@@ -46,14 +46,14 @@ D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate, Gr
 D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
     for those of the speaker, with which the decoder was trained.
 The papers do not say
-U1  how many candidates there are. Here all frames of the minibatch that are k later than a context. Under
-    torchrun those of one GPU, as in the paper, which had 8 with 8 sequences each.
+U1  how many candidates there are. Here all frames of the minibatch, or of the sequence, that are k later
+    than a context. Under torchrun those of one GPU, as in the paper, which had 8 with 8 sequences each.
 U2  how the encoder pads: here so that T = samples // 160.
 U3  how the losses of the K steps are joined: here by their mean.
 U4  where the GRU starts: here from zeros, in each crop and in each utterance.
 
-The log shows nats_k = log N - loss_k: 0 is chance; most of it is at small k (z_{t+1} and z_{t+2} share
-samples with c_t). In result.json metrics.nats are those of held-out speech; vde: share of frames of wrong
+The log shows nats_k = log N - loss_k: 0 is chance, and N depends on --negatives; z_{t+1} and z_{t+2} share
+samples with c_t. In result.json metrics.nats are those of held-out speech; vde: share of frames of wrong
 voicing, ffe: of these and where F0 is off by over 20 %, for Griffin-Lim copies, for the resynthesis as the
 speaker himself, and with flat_f0, which shows what units say of F0. The paper reads phones from c as here;
 speakers per frame, here per utterance.
@@ -63,23 +63,23 @@ speakers per frame, here per utterance.
     python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
 
 Measured on CPU threads, not on a GPU. TOY's other settings, such as negatives of the sequence alone and 25
-units, were chosen by trials on seeds 0 and 1 of the toy voices. Toy corpus, seeds 0, 1, 2: from c phones are
-read in 89, 88, 88 % of frames (untrained 48, 44, 46; log-mel 91), from units in 76, 76, 73; the speaker from
-c in 68, 69, 71 % (untrained 91, 84, 76), from units in 28, 23, 23 (chance 12). InfoNCE is 1.34, 1.24, 1.30
-nats below log N. Of conversions 96, 100, 92 % are heard as the target, none as the source; they keep 84 % of
-the phones (copies 91). VDE is 19, 17, 17 % (copies 2): harmonics get lost in the blur of L1. --score-scale 1
-stays at log N for 400 of 910 steps, once for all of 900 (a trial); --norm none: phones from c 70 %.
-Phones from c, speaker from c, in %, of seed 0; EmoDB, 2000 steps of TOY's size (untrained 23, 41; log-mel
-38, 91):
-           batch   same-speaker   sequence   other-sequences     2, 4, 8, 12, 16 steps, sequence
-toy       80, 100     SAME         89, 68        75, 100
-EmoDB     35, 86      36, 86       41, 59        32, 91          24, 33, 39, 41, 41
-As in the paper, without the sequence itself phones are worst and the speaker is best, and so is the EER of
-unseen speakers: on the toy 12 % (sequence 47, log-mel 37), on LibriSpeech 13 (31; 24). On real speech units
-do NOT lose most of the speaker: 59 to 50 % on EmoDB (of 22 utterances), 65 to 48 on words, 30 to 21 on
-LibriSpeech. Of conversions 68, 67 and 12 % are heard as the target (copies 73, 83, 62 as themselves). F0 is
-not in the units: flat_f0 raises FFE on EmoDB from 14 to 33 %. (Toy and LibriSpeech: no difference; F0 moves
-too little there, or voicing errors are most.)
+units, were chosen by trials on seeds 0 and 1 of the toy voices. Toy corpus, seeds 0, 1, 2: phones are read
+from c in 89, 87, 88 % of frames (untrained 48, 44, 46; log-mel 91), from units in 76, 76, 73 (36, 33, 35);
+the speaker from c in 68, 69, 71 % (91, 84, 76), from units in 28, 23, 23 (62, 55, 59; chance 12). InfoNCE is
+1.34, 1.24, 1.30 nats below log N. Of conversions 96, 100, 92 % are heard as the target, none as the source;
+they keep 84 % of the phones (copies 91). VDE 19, 17, 17 % (copies 2). Phones and speaker read from c, in %,
+seed 0; EmoDB: 2000 steps, 1400 of them CPC (untrained 23, 41; log-mel 38, 91):
+          batch     same-speaker  sequence      other-sequences   2, 4, 8, 12, 16 steps, sequence
+toy       80, 100   88, 61        89, 68        75, 100
+EmoDB     35, 86    36, 86        41, 59        32, 91          24, 33, 39, 41, 41
+As in the paper, other-sequences is worst for phones and 2 steps teach next to nothing. For the EER of unseen
+speakers it is the best: 12 % on the toy (batch 21, sequence 47, untrained 35), 13 on LibriSpeech (sequence
+31, untrained 34). --score-scale 1 stays at log N for 400 of 910 steps and ends at 80 % of phones, --norm
+none at 70. Negative: on real speech training with `sequence` brings the speaker INTO c (EmoDB 41 to 59 %,
+words 52 to 65, LibriSpeech 15 to 30), and units keep 50, 48 and 21 (untrained 41, 34, 13). Of conversions
+68, 67 and 12 % are heard as the target (copies 73, 83, 62 as themselves), but units say next to nothing of
+the word (47 %, untrained 47), and on LibriSpeech the resynthesis already fails (12). On EmoDB the decoder
+takes F0 from the tokens: FFE 14, with flat_f0 33 %; elsewhere it hardly changes.
 """
 import argparse
 import collections
