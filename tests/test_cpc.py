@@ -880,6 +880,21 @@ def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
     assert v.sample(model, corpus, cfg, tmp_path)["ffe"] == dict.fromkeys(("copy", "resynthesis", "flat_f0"), 1.0)
 
 
+def test_figures_over_utterances(tmp_path, monkeypatch):
+    """Repeated units are merged within an utterance, not from one to the next; F0 errors are shares of all frames."""
+    corpus = other_corpus()
+    model, _, cfg = started(corpus, probe=2)
+    rows = {32000: torch.tensor([[0, 0, 1, 1]]), 4000: torch.tensor([[1, 1, 2]])}
+    monkeypatch.setattr(model, "units", lambda wave: rows.get(wave.shape[1], torch.zeros(1, wave.shape[1] // 80, dtype=torch.long)))
+    monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
+    monkeypatch.setattr(model.decoder, "forward", lambda units, f0, s: None)
+    silent = lambda wave: wave.shape[1] == 24000 and (wave == 0.5).all()     # the long one loses all voicing, the short none
+    monkeypatch.setattr(v, "yin", lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 0.0 if silent(wave) else 100.0))
+    metrics = v.sample(model, corpus, cfg, tmp_path)
+    close(metrics["bits_per_second_merged"], 4 / 4.5 * math.log2(v.perplexity(torch.tensor([0, 1, 1, 2]))), 1e-5)
+    close(metrics["vde"]["copy"], 301 / (301 + 51), 1e-5)
+
+
 def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
     """What the decoder is given: every voiced frame the middle token; the true speaker; the units of the utterance."""
     model, _, cfg = started(corpus)
