@@ -872,6 +872,16 @@ def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
     assert v.sample(model, corpus, cfg, tmp_path)["vde"] == {}
 
 
+@pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
+def test_training_keeps_off_the_held_out(monkeypatch, negatives):
+    corpus, drawn, get = other_corpus(), set(), v.get_batch
+    model, optimizers, cfg = started(corpus, negatives=negatives, batch_size=3, steps=40)
+    monkeypatch.setattr(v, "get_batch", lambda *a, **k: drawn.update((b := get(*a, **k))["utterance"].tolist()) or b)
+    for step in (*range(12), *range(30, 36)):
+        v.train_step(model, optimizers, corpus, step, cfg)
+    assert drawn == {0, 1, 6, 7, 8, 9}
+
+
 def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
     """100 Hz in the source and 121 in the copy is an error; the other way round it would be none."""
     model, _, cfg = started(corpus)
