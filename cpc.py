@@ -37,12 +37,12 @@ Differs from the papers
 D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
     none); BatchNorm would let a frame know its future.
 D2  The score is scaled, by 1 / sqrt(C); --score-scale 1 is the paper.
-D3  Units are clusters of c of this CPC. Polyak et al. take an inner layer of a larger one, trained on 6000
-    hours.
+D3  Units are clusters of c of this CPC, from 50,000 frames at most. Polyak et al. take an inner layer of a
+    larger CPC, trained on 6000 hours, and k-means of 100 hours.
 D4  F0 by YIN, at the rate of c, in uniform bins, and a token for unvoiced. There: YAAPT, and 20 codes of a
     VQ-VAE, 12.5 a second; an unvoiced frame is one at the speaker's mean.
-D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate, Griffin-Lim the wave. There:
-    HiFi-GAN.
+D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate on crops as long as those of
+    CPC, Griffin-Lim the wave. There: HiFi-GAN, its rate decaying, on 16 crops of 0.56 s.
 D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
     for those of the speaker, with which the decoder was trained.
 The papers do not say
