@@ -32,7 +32,7 @@ SMALL = {                           # flags that make the model tiny; the first 
     "fhvae": "--hidden 8 --d-z1 3 --d-z2 4 --sequences 5",
     "cpc": "--channels 8 --d-context 8 --prediction-steps 3 --units 4 --d-embedding 4 --hidden 8 --blocks 1 --cpc-share 0.5 "
            "--score-scale 4",
-    "dim": ""}
+    "dim": "--channels 8 --d-global 6 --hidden 16 --units 8 --concat-units 8 --decoder-channels 8 --infomax-share 0.5"}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SPEAKERS = ("ann", "ben", "don")
 
