@@ -443,9 +443,8 @@ def batch_of(utterances, i, cfg):
     return np.resize(np.roll(utterances, -i * cfg.batch_size), cfg.batch_size)
 
 def gather(model, corpus, utterances, count, cfg):
-    """Crops of at least `count` in all -> x (n, T, M), {"untrained", "global": y (n, E)}."""
-    batches = (get_batch(corpus, cfg, i, 2000, batch_of(utterances, i, cfg))
-               for i in range(-(-count // cfg.batch_size)))
+    """`count` batches of crops -> x (n, T, M), {"untrained", "global": y (n, E)}."""
+    batches = (get_batch(corpus, cfg, i, 2000, batch_of(utterances, i, cfg)) for i in range(count))
     xs = [model.crops(batch["wave"]) for batch in batches]
     nets = {"untrained": model.control, "global": model.encoder}
     return torch.cat(xs), {name: torch.cat([net(x)[1] for x in xs]) for name, net in nets.items()}
@@ -479,8 +478,8 @@ def sample(model, corpus, cfg, out):
                 values[name].append(float(value))
     metrics["bound"] = {name: sum(v) / len(v) for name, v in values.items()}
 
-    x, ys = gather(model, corpus, corpus.train, 4096, cfg)
-    x_held, ys_held = gather(model, corpus, corpus.held, 512, cfg)
+    x, ys = gather(model, corpus, corpus.train, 128, cfg)
+    x_held, ys_held = gather(model, corpus, corpus.held, 16, cfg)
     middle, metrics["mine"], metrics["dependency"] = x.shape[1] // 2, {}, {}         # U2
     for name, y in ys.items():
         mean, std = y.mean(0), y.std(0).clamp(min=1e-5)
@@ -499,8 +498,10 @@ def sample(model, corpus, cfg, out):
     else:
         print("no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0")
 
-    for suffix, pool in {"": corpus, "_test": corpus.test}.items():
-        x, ys = gather(model, pool, pool.held[:cfg.probe], len(pool.held[:cfg.probe]), cfg)
+    for pool in dict.fromkeys((corpus, corpus.test)):
+        suffix = "" if pool is corpus else "_test"
+        us = pool.held[:cfg.probe]
+        x, ys = gather(model, pool, us, -(-len(us) // cfg.batch_size), cfg)
         rebuilt = {"global": model.decoder(ys["global"]), "untrained": model.control_decoder(ys["untrained"]),
                    "permuted": model.decoder(ys["global"].roll(1, 0))}
         metrics |= {f"r2_{part}{suffix}": row for part, row in explained(x, rebuilt).items()}

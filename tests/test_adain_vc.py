@@ -585,10 +585,10 @@ def test_cuda_is_the_cpu(bf16, tolerance):
 
 
 # -------------------- the whole --------------------
-def test_a_tenth_of_the_toy_run(tmp_path, monkeypatch):
+def test_a_tenth_of_the_toy_run(toy_folder, monkeypatch):
     """The paper's claim, and the untrained control: without instance norm the speaker is read from the content; training
     brings the phones into it; the embedding tells the speakers apart."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(toy_folder)
     known = {}
     for norm in (True, False):
         cfg = v.Config(**v.TOY | dict(steps=150, kl_steps=38, probe=400, device="cpu", instance_norm=norm))

@@ -735,10 +735,10 @@ def test_cuda_is_the_cpu(bf16, tolerance):
 
 
 # -------------------- the whole --------------------
-def test_a_fifth_of_the_toy_run(tmp_path, monkeypatch):
+def test_a_fifth_of_the_toy_run(toy_folder, monkeypatch):
     """All phases. Far more conversions than sources are closer to the target's average spectrum than to the source's, and the
     phones become easier to read from the latent, against the untrained control."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(toy_folder)
     cfg = v.Config(**v.TOY | dict(steps=160, gan_share=20.0, probe=200, device="cpu"))
     corpus = v.load_corpus(cfg)
     torch.manual_seed(0)

@@ -920,10 +920,10 @@ def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
 
 
 # -------------------- the whole --------------------
-def test_a_quarter_of_the_toy_run(tmp_path, monkeypatch):
+def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
     """Both phases, against the untrained control: c gains phones, units lose more of the speaker than c has lost, InfoNCE falls
     below log N, and far more conversions than sources are closer to the target's average spectrum than to the source's."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(toy_folder)
     cfg = v.Config(**v.TOY | dict(steps=360, cpc_share=0.8, probe=200, device="cpu"))
     with redirect_stdout(io.StringIO()):
         corpus = v.load_corpus(cfg)

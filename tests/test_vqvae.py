@@ -762,9 +762,9 @@ def test_the_codes_are_used(tmp_path, monkeypatch):
     assert len((tmp_path / "units.txt").read_text().splitlines()) == len(corpus.held)
 
 
-def test_a_third_of_the_toy_run(tmp_path, monkeypatch):
+def test_a_third_of_the_toy_run(toy_folder, monkeypatch):
     """Against the untrained control: training brings the phone into encoder and codes; quantising drops speaker."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(toy_folder)
     cfg = v.Config(**v.TOY | {"steps": 250, "probe": 400, "device": "cpu"})
     corpus = v.load_corpus(cfg)
     model = v.Model(cfg, corpus.known)
