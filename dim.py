@@ -498,7 +498,7 @@ def sample(model, corpus, cfg, out):
     else:
         print("no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0")
 
-    for pool in dict.fromkeys((corpus, corpus.test)):
+    for pool in [corpus] + [corpus.test] * (corpus.test is not corpus):
         suffix = "" if pool is corpus else "_test"
         us = pool.held[:cfg.probe]
         x, ys = gather(model, pool, us, -(-len(us) // cfg.batch_size), cfg)
