@@ -2,18 +2,18 @@
 """DIM: a critic in the decoder's place. An embedding is good if one can tell whose embedding it is.
 
 Hjelm et al., "Learning deep representations by mutual information estimation and maximization", ICLR 2019,
-arXiv:1808.06670 (DIM); with --pair cross in the way of Ravanelli and Bengio, "Learning Speaker
-Representations with Mutual Information", Interspeech 2019, arXiv:1812.00271.
+arXiv:1808.06670 (DIM); --pair cross after Ravanelli and Bengio, "Learning Speaker Representations with
+Mutual Information", Interspeech 2019, arXiv:1812.00271.
 
 The idea. Show a critic an object x and an embedding y: is y that of x? The embedding is good if a critic can
 tell, and encoder and critic learn TOGETHER to tell better, with one loss. The auto-encoder is the special
 case in which the critic decodes y and scores by minus the error, so that every sample of x counts; a free
-critic asks for no more than tells x from others. It comes to estimate a density ratio, and the loss bounds
-(a function of) the mutual information of x and y. What the critic is shown decides what y keeps: the whole
+critic asks y only for what tells x from others. The best critic is a density ratio, and the loss then bounds
+(a function of) the mutual information I of x and y. What the critic is shown decides what y keeps: the whole
 map of features, DIM(G), or each cell of it alone, DIM(L), and then what many cells SHARE: of speech the
-speaker and the channel, not the phone. CPC (cpc.py) asks of which moment the FUTURE is, and may take the
+speaker and the channel, not the phone. CPC (cpc.py) asks which cell comes k steps LATER, and may take the
 others from the same utterance, where the voice alone is of no use; here time has no order and the others are
-other utterances. Matching a prior alone is adversarial.
+other utterances. Only the matching of y to a prior is adversarial.
 
     wave (B, N) -> log-mel, each band standardised: x (B, T, M)
     x -> 3 convolutions -> local map C (B, T', D), T' = T / 4 -> 2 convolutions -> mean and deviation over
@@ -21,36 +21,34 @@ other utterances. Matching a prior alone is adversarial.
     critic: y_i and cell t of C_j -> u (B, B, T');  P: all with i = j, matching;  Q: all with i != j
 
     jsd   E_P[log 2 - softplus(-u)] + E_Q[log 2 - softplus(u)]      2 JSD(P || Q) at best, no estimate of I
-    dv    E_P[u] - log E_Q[exp u]                                   at most I(C_t; y), in nats
-    nce   log N + E_P[u - log(exp u + sum of exp u' over i's Q)]    at most log N, N = 1 + (B - 1) T'
+    dv    E_P[u] - log E_Q[exp u]                                   at most I (of all pairs, not of a batch)
+    nce   log N + E_P[u - log(exp u + sum of exp u' over i's Q)]    at most I and log N, N = 1 + (B - 1) T'
     L = - beta local - alpha global + gamma E[softplus(-D(q))],  q = sigmoid(y);  against it, v uniform, the
     prior's critic lowers E[softplus(-D(v))] + E[softplus(D(q))] + penalty E |gradient of D|^2
 
     symbol   here                     shape           symbol   here                        shape
     C(x)     encoder: local           (B, T', D)      E(x)     encoder: y, global          (B, E)
     T(x, y)  critics["local"]: u      (B, B, T')      D        model.prior                 (B, 1)
-             critics["global"]        (B, B, 1)       X, P, Q  x; u[match]; u[~match]
+             critics["global"]        (B, B, 1)       P, Q     u[match], u[~match]
 
 Differs from the papers. Of them we had abstracts, parts of the introduction, and what DIM's authors' code
-does, which is for images; "there" is that code.
-D1  Convolutions over time, a cell per 4 frames which sees 14; sizes are ours (U 1024; there 2048).
+does; "there" is that code.
+D1  Speech for images: convolutions over time, a cell per 4 frames which sees 14; decoders of log-mel, judged
+    by R2, there by MS-SSIM. Sizes are ours (U 1024; there 2048).
 D2  The dot critic's score is divided by sqrt(U); there it is not, and of order sqrt(U) from the start.
 D3  y is pooled over time: a whole utterance goes in at any length. There the map is flattened.
-D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y. Its weights are
-    unknown to us but for DIM(L): alpha 0, beta 1, gamma 0.1.
+D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y.
 D5  In dv and nce a y's own cells are left out by a mask; there, by a constant of -10 or so in their place.
 D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, so that y can
     only use what these share. Ravanelli and Bengio pair two local vectors, and have no y.
-D7  The critic of `dependency` learns by JSD; there by a divergence without end where all can be told apart.
-D8  Decoders make log-mel spectra, judged by R2; there images, judged by MS-SSIM.
+D7  The critic of `dependency` learns by JSD; there by KL, unbounded where all rows can be told apart.
 The papers do not say, or not to us
-U1  what of two utterances of a speaker in a batch: they are objects like any others, false negatives.
-U2  of what MINE should be: here of y and the middle frame of the crop, which is the same for every encoder.
+U1  what of two utterances of a speaker in a batch: here objects like any others, and of one GPU's batch.
+U2  the x of MINE: here the middle frame of the crop, the same for every encoder.
 
 The log shows the bounds, 0 where the critic knows nothing, and their ceilings. A higher bound is not a better
-embedding, and bounds of two objectives do not compare. prior_critic_loss is 1.39, prior_loss 0.69 where the
-prior's critic is lost. There is no decoder to sample from: `sample` writes what is nearest to and farthest
-from four utterances, and lets decoders of the FROZEN y speak, beside the same of an untrained encoder.
+embedding, and bounds of two objectives do not compare. prior_critic_loss is 1.39 (and its penalty),
+prior_loss 0.69 where the prior's critic knows nothing.
 
     python dim.py                                       a toy corpus, a minute on two CPU cores
     python dim.py --data DIR --test DIR2                any folder of audio, our full size, for a GPU
@@ -125,8 +123,8 @@ class Config:
     decoder_channels: int = 128  # of the decoders
 
 # The same model, narrower, for two CPU cores and two minutes.
-TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=6400, batch_size=32, steps=1200,
-           lr=1e-3, save_every=500, infomax_share=0.5, channels=32, hidden=256, units=128, concat_units=64,
+TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=6400, batch_size=32, steps=1400,
+           lr=1e-3, save_every=500, infomax_share=0.3, channels=32, hidden=256, units=128, concat_units=64,
            decoder_channels=64)
 TARGET = ""                      # there is one vector, not two: nothing to convert with
 
@@ -179,10 +177,10 @@ class DotCritic(nn.Module):
         super().__init__()
         self.cell, self.vector = Branch(d, U), Branch(e, U)
 
+    @torch.autocast("cuda", enabled=False)                                   # scores in float32
     def forward(self, c, y):
-        c, y = self.cell(c), self.vector(y)
-        with torch.autocast(c.device.type, enabled=False):                   # the scores in float32
-            return torch.einsum("iu,jtu->ijt", y.float(), c.float()) / c.shape[-1] ** 0.5        # D2
+        c, y = self.cell(c.float()), self.vector(y)
+        return torch.einsum("iu,jtu->ijt", y, c) / c.shape[-1] ** 0.5        # D2
 
 class ConcatCritic(nn.Module):
     """Concatenate-and-convolve, (B, T, d) and (B, e) -> u (B, B, T) as above. A dense layer of [cell, vector]
@@ -192,22 +190,23 @@ class ConcatCritic(nn.Module):
         self.cell, self.vector = nn.Linear(d, H), nn.Linear(e, H, bias=False)
         self.rest = nn.Sequential(nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, 1))
 
+    @torch.autocast("cuda", enabled=False)
     def forward(self, c, y):
-        return self.rest(self.cell(c)[None] + self.vector(y)[:, None, None])[..., 0].float()
+        return self.rest(self.cell(c.float())[None] + self.vector(y)[:, None, None])[..., 0]
 
 def discriminator(d):
     """(B, d) -> (B, 1): the critic of the prior, and of the dependence of the dimensions of y."""
     return nn.Sequential(nn.Linear(d, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1))
 
 class Decoder(nn.Module):
-    """y (B, E) -> x^ (B, T, M), T the frames of a crop. It only listens: no gradient reaches y. BatchNorm in
-    front, for the untrained y is of another size than the trained."""
+    """y (B, E) -> x^ (B, T, M), T the frames of a crop. It only listens: no gradient reaches y. Standardised
+    in front, for the untrained y varies by 1e-4 and less."""
     def __init__(self, cfg):
         super().__init__()
         self.frames, c = cfg.crop // cfg.hop, cfg.decoder_channels
         up = lambda out: nn.ConvTranspose1d(c, out, 4, 2, 1)                 # doubles T
         self.net = nn.Sequential(
-            nn.BatchNorm1d(cfg.d_global, affine=False),
+            nn.BatchNorm1d(cfg.d_global, eps=1e-12, affine=False),
             nn.Linear(cfg.d_global, c * -(-self.frames // 8)), nn.ReLU(), nn.Unflatten(1, (c, -1)),
             up(c), nn.ReLU(), up(c), nn.ReLU(), up(cfg.n_mels))
 
@@ -216,7 +215,7 @@ class Decoder(nn.Module):
 
 class Model(nn.Module):
     """Encoder, critics, and for listening a decoder of the frozen y; beside it the control: the encoder as it
-    was before training, with a decoder of its own."""
+    was before training, BatchNorm being the identity, with a decoder of its own."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
         if cfg.batch_size < 2 or cfg.crop < 8 * cfg.hop or not cfg.alpha + cfg.beta:
@@ -273,8 +272,8 @@ def make_optimizers(model, cfg):
 @torch.autocast("cuda", enabled=False)
 def bound(u, objective):
     """u (B, B, T), the score of vector i with cell t of object j, matching where i = j -> the bound, which is
-    to be raised, and its ceiling; for dv, which has none, log of how many do not match, beyond which a batch
-    proves nothing. Zero where the critic knows nothing: u = 0."""
+    to be raised, and its ceiling; for dv, which has none, log of how many do not match: more than a batch
+    can show. Zero where the critic knows nothing: u = 0."""
     B, T = u.shape[1:]
     match = torch.eye(B, dtype=torch.bool, device=u.device)                  # U1: no look at who speaks
     p, q = u[match], u[~match]                                               # (B, T), (B (B - 1), T)
@@ -297,9 +296,8 @@ def prior_critic_loss(critic, real, fake, weight):
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean() + weight * penalty
 
 def prior_loss(critic, q):
-    """What the encoder lowers, sigmoid(y) (B, E): log 2 where the critic knows nothing. The critic lowers
-    softplus(D(q)), and the encoder NOT that: with the same sign it would help the critic, and flee the
-    prior. And not its negative either, which is flat where the critic is sure: "non-saturating"."""
+    """What the encoder lowers, of q = sigmoid(y) (B, E): log 2 where the critic knows nothing. NOT minus what
+    the critic lowers, which is flat where it is sure ("non-saturating"), nor plus, which flees the prior."""
     return F.softplus(-critic(q).float()).mean()
 
 def scores(model, x, cfg):
@@ -346,9 +344,9 @@ def train_step(model, optimizers, corpus, step, cfg):
     return {"loss": loss.detach()} | log
 
 def decoder_step(model, optimizer, corpus, step, cfg):
-    """One step of both decoders on the squared error (D8), the encoders frozen, BatchNorm included."""
+    """One step of both decoders on the squared error, the encoders frozen, BatchNorm included."""
     x = model.crops(get_batch(corpus, cfg, step)["wave"])
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cuda", enabled=False):
         y, untrained = model.encoder.eval()(x)[1], model.control.eval()(x)[1]
     loss = F.mse_loss(model.decoder(y).float(), x)
     control_loss = F.mse_loss(model.control_decoder(untrained).float(), x)
@@ -379,12 +377,12 @@ def convert(model, sources, targets, cfg):
 @torch.no_grad()
 def retrieve(model, corpus, cfg, out):
     """Ranks held-out utterances, those of training speakers included, by the cosine of their centred vectors
-    to that of a test utterance. Writes the five nearest and farthest of four speakers' utterances, and
-    retrieval.txt. Returns how often the nearest is of the same speaker, and how often one at random is."""
-    pool, us = corpus.test, corpus.test.held[:cfg.probe]
-    rows = [(pool, u) for u in us] + [(corpus, u) for u in corpus.held[:cfg.probe] if pool is not corpus]
+    to that of an utterance of corpus.test. Writes the five nearest to and farthest from one of each of four
+    speakers, and retrieval.txt. Returns how often the nearest, and one at random, is of the same speaker."""
+    test, us = corpus.test, corpus.test.held[:cfg.probe]
+    rows = [(test, u) for u in us] + [(corpus, u) for u in corpus.held[:cfg.probe] if test is not corpus]
     who = torch.tensor([c.speaker[u] for c, u in rows])
-    same, found = who[:len(us), None] == who, {}
+    same, found = (who[:len(us), None] == who).fill_diagonal_(False), {}
     vectors = {"log_mel": lambda x: x.mean(1), "untrained": lambda x: model.control(x)[1],
                "global": lambda x: model.encoder(x)[1]}
     for name, vector in vectors.items():
@@ -402,7 +400,7 @@ def retrieve(model, corpus, cfg, out):
                 write_audio(out / name, c.wave(u), cfg.sample_rate)
                 lines.append(f"{name} {c.paths[u].stem} {cosine[i, j]:.3f}\n")
     (out / "retrieval.txt").write_text("".join(lines))
-    return found | {"chance": ((same.sum(1) - 1) / (len(rows) - 1)).mean().item()}
+    return found | {"chance": same.float().sum(1).mean().item() / max(1, len(rows) - 1)}
 
 def train_critic(critic, gain, n, cfg):
     """A new critic of frozen vectors: 300 steps of Adam that raise gain(rows), random rows of 0 .. n - 1."""
@@ -413,14 +411,13 @@ def train_critic(critic, gain, n, cfg):
             (-gain(torch.randperm(n, device=cfg.device)[:cfg.batch_size])).backward()
         optimizer.step()
 
-def mine(x, y, x_held, y_held, cfg):
-    """Rows x (n, d), y (n, e) -> the nats that a new critic, trained on DV, finds in y about x, in batches of
-    held-out rows, and the ceiling."""
+def mine(x, y, x_held, y_held, size, cfg):
+    """Rows x (n, d), y (n, e) -> nats of I(x; y): DV, on batches of held-out rows, of a new critic trained on
+    it, and the ceiling."""
     critic = ConcatCritic(x.shape[1], y.shape[1], cfg.concat_units).to(cfg.device)
     judge = lambda x, y: bound(critic(x[:, None], y), "dv")
     train_critic(critic, lambda i: judge(x[i], y[i])[0], len(x), cfg)
-    batches = zip(x_held.split(cfg.batch_size), y_held.split(cfg.batch_size))
-    values, ceilings = zip(*itertools.starmap(judge, batches))
+    values, ceilings = zip(*map(judge, x_held.split(size), y_held.split(size)))
     return torch.stack(values).mean().item(), ceilings[0]
 
 def shuffled(y):
@@ -429,18 +426,18 @@ def shuffled(y):
 
 def dependency(y, y_held, cfg):
     """Neural dependency measure, rows (n, E): the nats by which the columns depend on one another (their
-    total correlation), from below: DV of a new critic (D7) that tells held-out rows from shuffled ones. And
-    the ceiling, log of the number of these, which is returned where it tells them all."""
+    total correlation): DV of a new critic that tells held-out rows from shuffled ones (D7), cut at the
+    ceiling, log of the number of these; and the ceiling."""
     critic = discriminator(y.shape[1]).to(cfg.device)
-    train_critic(critic, lambda i: -(F.softplus(-critic(y[i])) + F.softplus(critic(shuffled(y[i])))).mean(),
-                 len(y), cfg)
+    train_critic(critic, lambda i: -prior_critic_loss(critic, y[i], shuffled(y[i]), 0.0), len(y), cfg)
     many = shuffled(y_held.repeat(8, 1))
     ceiling = math.log(len(many))
     return min((critic(y_held).mean() - critic(many).logsumexp(0)).item() + ceiling, ceiling), ceiling
 
 def batch_of(utterances, i, cfg):
-    """The i-th batch_size of them, round and round."""
-    return np.resize(np.roll(utterances, -i * cfg.batch_size), cfg.batch_size)
+    """The i-th batch_size of them, round and round; all where there are fewer, but two at least."""
+    size = max(2, min(cfg.batch_size, len(utterances)))
+    return np.resize(np.roll(utterances, -i * size), size)
 
 def gather(model, corpus, utterances, count, cfg):
     """`count` batches of crops -> x (n, T, M), {"untrained", "global": y (n, E)}."""
@@ -458,17 +455,13 @@ def explained(x, rebuilt):
     error = {name: power(guess - x) for name, guess in rebuilt.items()}
     return {part: {name: 1 - e[part] / total[part] for name, e in error.items()} for part in total}
 
-def write_decoded(model, x, out, name, cfg):
-    """x (T, M), a crop -> decoded_NAME.wav."""
-    write_audio(out / f"decoded_{name}.wav", model.vocode(x[None], cfg.crop)[0], cfg.sample_rate)
-
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
     """There is no p(x | y) to draw from. What there is: retrieval; crops of test utterances as decoded from
     the frozen y, from the untrained one, and from another utterance's (permuted); and, where the law of y is
     the prior, decoded draws of the prior. Returns the share of nearest neighbours of the same speaker; of
-    held-out utterances the bound and its ceiling, MINE, the dependency of the dimensions of y, and R2 of the
-    decoders, this also of --test; and how far mean and variance of sigmoid(y) are from the prior's."""
+    held-out utterances the bound, MINE, the dependency of the dimensions of y, and R2 of the decoders, this
+    also of --test; of training crops, how far mean and variance of sigmoid(y) are from the prior's."""
     torch.manual_seed(cfg.seed)
     metrics, values = {"nearest": retrieve(model, corpus, cfg, out)}, collections.defaultdict(list)
     for i in range(8):
@@ -480,11 +473,11 @@ def sample(model, corpus, cfg, out):
 
     x, ys = gather(model, corpus, corpus.train, 128, cfg)
     x_held, ys_held = gather(model, corpus, corpus.held, 16, cfg)
-    middle, metrics["mine"], metrics["dependency"] = x.shape[1] // 2, {}, {}         # U2
+    middle, size, metrics["mine"], metrics["dependency"] = x.shape[1] // 2, len(x_held) // 16, {}, {}  # U2
     for name, y in ys.items():
         mean, std = y.mean(0), y.std(0).clamp(min=1e-5)
         y, y_held = (y - mean) / std, (ys_held[name] - mean) / std
-        for measure, found in (("mine", mine(x[:, middle], y, x_held[:, middle], y_held, cfg)),
+        for measure, found in (("mine", mine(x[:, middle], y, x_held[:, middle], y_held, size, cfg)),
                                ("dependency", dependency(y, y_held, cfg))):
             metrics[measure] |= dict(zip((name, "ceiling"), found))
 
@@ -492,21 +485,20 @@ def sample(model, corpus, cfg, out):
     off = {"mean": (q.mean(0) - 0.5).abs().max().item(), "variance": (q.var(0) - 1 / 12).abs().max().item()}
     uniform = off["mean"] < 0.05 and off["variance"] < 0.01 and metrics["dependency"]["global"] < 1
     metrics["prior"] = off | {"uniform": float(uniform)}
-    if cfg.gamma and uniform:
-        for i, mel in enumerate(model.decoder(torch.rand_like(q[:4]).clamp(1e-3, 1 - 1e-3).logit())):
-            write_decoded(model, mel, out, f"prior_{i}", cfg)
-    else:
+    drawn = model.decoder(torch.rand_like(q[:3 if cfg.gamma and uniform else 0]).logit(1e-3))
+    if not len(drawn):
         print("no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0")
 
-    for pool in [corpus] + [corpus.test] * (corpus.test is not corpus):
-        suffix = "" if pool is corpus else "_test"
-        us = pool.held[:cfg.probe]
-        x, ys = gather(model, pool, us, -(-len(us) // cfg.batch_size), cfg)
+    for c in [corpus] + [corpus.test] * (corpus.test is not corpus):
+        us, suffix = c.held[:cfg.probe], "" if c is corpus else "_test"
+        x, ys = gather(model, c, us, -(-len(us) // cfg.batch_size), cfg)
         rebuilt = {"global": model.decoder(ys["global"]), "untrained": model.control_decoder(ys["untrained"]),
                    "permuted": model.decoder(ys["global"].roll(1, 0))}
         metrics |= {f"r2_{part}{suffix}": row for part, row in explained(x, rebuilt).items()}
-    for i, (name, mel) in itertools.product(range(min(3, len(x))), {"copy": x, **rebuilt}.items()):
-        write_decoded(model, mel[i], out, f"{i}_{name}", cfg)
+    for name, mels in {"copy": x, **rebuilt, "prior": drawn}.items():
+        for i, mel in enumerate(mels[:3]):
+            wave = model.vocode(mel[None], cfg.crop)[0]
+            write_audio(out / f"decoded_{i}_{name}.wav", wave, cfg.sample_rate)
     return metrics
 
 # ==================== shared: audio ====================
