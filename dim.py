@@ -289,7 +289,7 @@ def bound(u, objective):
 def prior_critic_loss(critic, real, fake, weight):
     """(B, E) draws of the prior and of sigmoid(y), detached: y learns nothing here -> the loss of the prior's
     critic, 2 log 2 where it knows nothing, and on top the mean square of its gradient's norm."""
-    real, fake = real.float().requires_grad_(), fake.float().requires_grad_()
+    real, fake = real.requires_grad_(), fake.requires_grad_()
     d_real, d_fake = critic(real), critic(fake)
     gradient = torch.autograd.grad(d_real.sum() + d_fake.sum(), [real, fake], create_graph=True)
     penalty = torch.cat(gradient).square().sum(1).mean()

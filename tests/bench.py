@@ -77,8 +77,33 @@ def parts_cpc(script, model, optimizers, cfg, x):
             "F0": lambda: script.yin(wave, cfg), "k-means": lambda: script.kmeans(many, cfg.units, 0, starts=1)}
 
 
-BARE = {"cpc": bare_cpc, "adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
-PARTS = {"cpc": parts_cpc, "adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # what training is made of, each timed by itself
+def bare_dim(model, cfg, x):
+    import dim
+    u, y = dim.scores(model, x.repeat(1 + (cfg.pair == "cross"), 1, 1), cfg)
+    sum(dim.bound(score, cfg.objective)[0] for score in u.values()).backward()
+
+
+def parts_dim(script, model, optimizers, cfg, x):
+    """Both critics' scores of all pairs, forward and backward; the prior's critic; a step of the decoders."""
+    c, y = (h.detach().requires_grad_() for h in model.encoder(x))
+    concat = script.ConcatCritic(cfg.channels, cfg.d_global, cfg.concat_units).to(x.device)
+
+    def prior():
+        q = y.detach().sigmoid()
+        script.prior_critic_loss(model.prior, torch.rand_like(q), q, cfg.penalty).backward()
+        optimizers["prior"].step()
+
+    def decoders():
+        with torch.no_grad():
+            vectors = model.encoder.eval()(x)[1], model.control.eval()(x)[1]
+        sum((net(v) - x).square().mean() for net, v in zip((model.decoder, model.control_decoder), vectors)).backward()
+        optimizers["decoder"].step()
+    score = lambda critic: lambda: script.bound(critic(c, y), cfg.objective)[0].backward()
+    return {"dot critic": score(model.critics["local"]), "concat critic": score(concat), "prior critic": prior, "decoders": decoders}
+
+
+BARE = {"dim": bare_dim, "cpc": bare_cpc, "adain_vc": bare_adain_vc, "adversarial_vc": bare_adversarial_vc, "fhvae": bare_fhvae}
+PARTS = {"dim": parts_dim, "cpc": parts_cpc, "adversarial_vc": parts_adversarial_vc, "fhvae": parts_fhvae}    # what training is made of, each timed by itself
 
 
 def bench(name, config, device, batch_size):
