@@ -54,11 +54,13 @@ def voice(pitch, seconds, rate=8000):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Three utterances of each of four voices; a test set of two others, three of each."""
+    """Three utterances of each of four voices, one of each held out; a test set of two other voices, again three of each,
+    of which four utterances count."""
     torch.manual_seed(1)
     c, test = (corpus_of([voice(100 * 1.3 ** s * (1 + 0.02 * u), 0.4 + 0.05 * u) for s in voices for u in range(3)],
                          np.repeat(voices, 3)) for voices in (range(4), range(4, 6)))
-    c.test = test
+    c.test, c.held, test.held = test, np.array([2, 5, 8, 11]), np.array([0, 1, 3, 4])
+    c.train = np.setdiff1d(c.train, c.held)
     return c
 
 
@@ -68,6 +70,22 @@ def started(corpus, **options):
     model = v.Model(cfg, corpus.known)
     v.prepare(model, corpus, cfg)
     return model, v.make_optimizers(model, cfg), cfg
+
+
+def trained(corpus, **options):
+    """As started(), one step on, so that the encoder is not its control, in eval mode."""
+    model, optimizers, cfg = started(corpus, **options)
+    v.train_step(model.train(), optimizers, corpus, 0, cfg)
+    return model.eval(), optimizers, cfg
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every batch that is drawn: (corpus, step, draw, utterances)."""
+    seen, inner = [], v.get_batch
+    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step, draw=0, utterances=None: seen.append(
+        (corpus, step, draw, utterances if utterances is None else set(utterances))) or inner(corpus, cfg, step, draw, utterances))
+    return seen
 
 
 def square(p, q):
@@ -185,7 +203,8 @@ def test_branch_by_hand():
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
     close(branch(x), z.view(4, 5, 8), 1e-5)
     w = branch.shortcut.weight
-    assert (w.diagonal() == 1).all() and (w - torch.eye(8, 3)).abs().max() <= 0.01 and w[1, 0] != 0
+    noise = w - torch.eye(8, 3)
+    assert (w.diagonal() == 1).all() and -0.01 <= noise.min() < -0.005 and 0.005 < noise.max() <= 0.01
     assert branch.enter.bias is None and branch.shortcut.bias is None
 
 
@@ -218,7 +237,10 @@ def test_shapes_and_receptive_field():
     for frames, cells in ((128, 32), (24, 6), (26, 6), (27, 6), (4, 1), (3, 1), (1, 1)):
         c, y = net(torch.randn(2, frames, 20))
         assert c.shape == (2, cells, 8) and y.shape == (2, 6) and y.isfinite().all()
-    close(net(torch.ones(1, 3, 20))[0], net(torch.ones(1, 4, 20))[0])        # repeated up to four frames
+    x = torch.randn(1, 3, 20)
+    close(net(x)[0], net(torch.cat([x, x[:, :1]], 1))[0])                    # repeated up to four frames
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x)[1].dtype == v.pool(x.bfloat16()).dtype == torch.float32
     x = torch.randn(1, 64, 20, requires_grad=True)
     seen = torch.autograd.grad(net(x)[0][0, 8].sum() + (0 * x).sum(), x)[0][0].abs().sum(1).nonzero()[:, 0]
     assert (seen.min(), seen.max()) == (4 * 8 - 5, 4 * 8 + 8)                # 14 frames
@@ -252,15 +274,41 @@ def test_features(corpus):
     """Bands have mean 0 and deviation 1 over the training set, not over an utterance."""
     model, _, cfg = started(corpus)
     every = torch.cat([model.features(corpus.wave(u)[None])[0] for u in corpus.train])
+    assert set(corpus.train) & set(corpus.held) == set() and len(corpus.train) == 8
     close(every.mean(0), torch.zeros(20), 1e-3)
     close(every.std(0)[model.std > 0.11], torch.ones(int((model.std > 0.11).sum())), 1e-2)
     assert model.features(corpus.wave(0)[None])[0].mean(0).abs().max() > 0.1
-    assert model.crops(torch.randn(2, cfg.crop)).shape == (2, 24, 20)
-    x = model.features(corpus.wave(0)[None])
-    rebuilt = model.features(model.vocode(x, 3000))
-    assert model.vocode(x, 3000).shape == (1, 3000) and F.l1_loss(rebuilt[:, 2:-2], x[:, 2:36]) < 0.6
+    close(every.mean(0), torch.zeros(20), 1e-5)
+    waves = torch.randn(2, cfg.crop)
+    assert torch.equal(model.crops(waves), model.features(waves)[:, :24]) and model.crops(waves).shape == (2, 24, 20)
     floor = corpus_of([torch.zeros(4000)] * 4, [0, 0, 1, 1])
     assert started(floor)[0].std.min() == pytest.approx(0.1)
+
+
+def test_vocode(corpus, monkeypatch):
+    """Undoes `features`; a frame more at the end, the last once again, and cut to the samples asked for."""
+    model, _, cfg = started(corpus)
+    x = model.features(corpus.wave(0)[None])                                 # 3200 samples, 41 frames
+    rebuilt = model.features(model.vocode(x, 3200))
+    assert model.vocode(x, 3000).shape == (1, 3000) and F.l1_loss(rebuilt[:, 2:-2], x[:, 2:-2]) < 0.5
+    given = []
+    monkeypatch.setattr(v, "mel_to_magnitude", lambda mel, cfg: given.append(mel) or mel)
+    monkeypatch.setattr(v, "griffin_lim", lambda magnitude, cfg: torch.zeros(1, 5000))
+    model.vocode(x, 3200)
+    close(given[0][:, :41].log(), v.log_mel(corpus.wave(0)[None], cfg), 1e-4)
+    assert torch.equal(given[0][:, 41], given[0][:, 40]) and given[0].shape[1] == 42
+
+
+@pytest.mark.parametrize("crop, frames", [(1920, 24), (2000, 25), (1840, 23)])
+def test_decoder(crop, frames):
+    """As many frames as a crop has; y standardised, whatever its size, without weights."""
+    net = v.Decoder(v.Config(**TINY | dict(crop=crop)))
+    y = torch.randn(16, 6)
+    assert net(y).shape == (16, frames, 20) and not list(net.net[0].parameters())
+    close(net(y), net(1e-4 * y + 0.03), 1e-2)
+    assert (net(y)[0] - net(y)[1]).abs().max() > 0.01
+    still = net.eval()(y)
+    close(net(y[:3]), still[:3], 1e-5)                                       # in eval each by itself
 
 
 # -------------------- the prior --------------------
@@ -364,6 +412,56 @@ def test_the_loss_is_the_weighted_sum(corpus):
     close(log["loss"], -0.3 * log["global"] - 0.7 * log["local"] + 2.0 * log["prior_loss"], 1e-5)
     close(log["local_ceiling"], 2 * LOG2)
     assert all(value.dim() == 0 and not value.requires_grad for value in log.values())
+
+
+def test_every_step_has_a_batch_of_its_own(corpus, drawn):
+    model, optimizers, cfg = started(corpus, pair="cross")
+    for step in (0, 3, 5, 7):
+        v.train_step(model.train(), optimizers, corpus, step, cfg)
+    assert [(step, draw) for _, step, draw, _ in drawn] == [(0, 0), (0, 1), (3, 0), (3, 1), (5, 0), (7, 0)]
+    assert drawn[1][3] is not None and all(c is corpus for c, *_ in drawn)
+
+
+def test_the_order_of_the_players(corpus, monkeypatch):
+    """First the prior's critic, from gradients of its own loss alone, then the encoder against the critic as it is now."""
+    model, optimizers, cfg = started(corpus)
+    losses, order, inner, step = [], [], (v.prior_critic_loss, v.prior_loss), optimizers["prior"].step
+    parameters = list(model.prior.parameters())
+
+    def first(*a):
+        losses.append(inner[0](*a))
+        return losses[-1]
+
+    def moving():
+        own = torch.autograd.grad(losses[-1], parameters, retain_graph=True)
+        order.append(all(torch.equal(p.grad, g) for p, g in zip(parameters, own)))
+        step()
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *a, **k: backward(self, *a, retain_graph=True, **k))
+    monkeypatch.setattr(v, "prior_critic_loss", first)
+    monkeypatch.setattr(v, "prior_loss", lambda d, q: order.append("encoder") or inner[1](d, q))
+    monkeypatch.setattr(optimizers["prior"], "step", moving)
+    for i in range(2):
+        v.train_step(model.train(), optimizers, corpus, i, cfg)
+        assert order == [True, "encoder"] * (i + 1)
+
+
+def test_what_the_decoders_learn(corpus):
+    """The squared error of a batch, each from the y of its own encoder, both encoders in eval mode."""
+    model, optimizers, cfg = trained(corpus)
+    x = model.crops(v.get_batch(corpus, cfg, 6)["wave"])
+    expected = {"decoder_loss": (copy.deepcopy(model.decoder).train()(model.encoder(x)[1]) - x).square().mean(),
+                "untrained_decoder_loss": (copy.deepcopy(model.control_decoder).train()(model.control(x)[1]) - x).square().mean()}
+    given = []
+    for net in (model.decoder, model.control_decoder):
+        net.forward = lambda y, inner=net.forward: given.append(y) or inner(y)
+    log = v.train_step(model.train(), optimizers, corpus, 6, cfg)
+    model.eval()
+    close(given[0], model.encoder(x)[1])
+    close(given[1], model.control(x)[1])
+    assert not torch.equal(given[0], given[1]) and not given[0].requires_grad
+    for name, value in log.items():
+        close(value, expected[name], 1e-5)
 
 
 @pytest.mark.parametrize("objective", ["jsd", "dv", "nce"])
@@ -473,8 +571,7 @@ def test_sizes_that_teach_nothing(wrong):
 
 # -------------------- what it is good for --------------------
 def test_represent_and_convert(corpus):
-    model, _, cfg = started(corpus)
-    model.eval()
+    model, _, cfg = trained(corpus)
     wave = corpus.wave(2)
     x = model.features(wave[None])
     codes = v.represent(model, wave, cfg)
@@ -516,20 +613,26 @@ def test_retrieval(tmp_path, monkeypatch):
     corpus.test = corpus_of([torch.randn(n) * 0.1 for n in lengths[3:]], [2, 2, 3])
     corpus.test.speakers = [f"s{i}" for i in range(4)]
     corpus.test.paths = [v.Path(f"t{i}.wav") for i in range(3)]
+    corpus.train = np.arange(1)                                              # nothing is searched among these
     model, _, cfg = started(corpus)
-    angles = [0, 100, 200, 80, 95, 210]                                      # t0 is nearest to t1, t1 to u1, t2 to u2
-    rows = [(n, [10 * math.cos(a * math.pi / 180), 10 * math.sin(a * math.pi / 180)]) for n, a in zip(lengths, angles)]
-    mean = np.mean([y for _, y in rows], 0)
-    monkeypatch.setattr(model.encoder, "forward", planted(rows))
-    found = v.retrieve(model.eval(), corpus, cfg, tmp_path)
-    y = np.array([y for _, y in rows]) - mean
-    y /= np.linalg.norm(y, axis=1, keepdims=True)
     order, who = [3, 4, 5, 0, 1, 2], [2, 2, 3, 0, 0, 1]
-    cosine = y[order] @ y[order].T - 3 * np.eye(6)
-    right = [who[cosine[i].argmax()] == who[i] for i in range(3)]
-    close(found["global"], np.mean(right), 1e-6)
+
+    def by_hand(y):
+        y = np.array(y)[order] - np.mean(y, 0)
+        y /= np.linalg.norm(y, axis=1, keepdims=True)
+        cosine = y @ y.T - 3 * np.eye(6)
+        return cosine, np.mean([who[cosine[i].argmax()] == who[i] for i in range(3)])
+    circle = lambda angles: [[10 * math.cos(a * math.pi / 180), 10 * math.sin(a * math.pi / 180)] for a in angles]
+    good, bad = circle([0, 100, 200, 80, 95, 210]), circle([0, 120, 240, 5, 125, 245])
+    monkeypatch.setattr(model.encoder, "forward", planted(list(zip(lengths, good))))
+    monkeypatch.setattr(model.control, "forward", planted(list(zip(lengths, bad))))
+    found = v.retrieve(model.eval(), corpus, cfg, tmp_path)
+    cosine, right = by_hand(good)
+    mels = [model.features(c.wave(u)[None])[0].mean(0).tolist() for c in (corpus, corpus.test) for u in range(3)]
+    close([found[k] for k in ("global", "untrained", "log_mel")], [right, by_hand(bad)[1], by_hand(mels)[1]], 1e-6)
+    assert right == pytest.approx(1 / 3) and by_hand(bad)[1] == 0
     close(found["chance"], (1 + 1 + 0) / 3 / 5)                              # one other of the same speaker, of five; or none
-    assert found.keys() == {"log_mel", "untrained", "global", "chance"} and 0 < np.mean(right) < 1
+    assert found.keys() == {"log_mel", "untrained", "global", "chance"}
     lines = [line.split() for line in (tmp_path / "retrieval.txt").read_text().splitlines()]
     assert len(lines) == 2 * 11 and [line[1] for line in lines if "query" in line[0]] == ["t0", "t2"]
     stems = ["t0", "t1", "t2", "u0", "u1", "u2"]
@@ -543,9 +646,21 @@ def test_retrieval(tmp_path, monkeypatch):
 
 
 def test_one_corpus_is_searched_once(tmp_path):
-    corpus = corpus_of([torch.randn(1600 + 80 * k) * 0.1 for k in range(4)], [0, 0, 1, 1])
+    corpus = corpus_of([torch.randn(1600 + 80 * k) * 0.1 for k in range(10)], np.repeat(np.arange(5), 2))
     model, _, cfg = started(corpus)
-    close(v.retrieve(model.eval(), corpus, cfg, tmp_path)["chance"], 1 / 3)
+    close(v.retrieve(model.eval(), corpus, cfg, tmp_path)["chance"], 1 / 9)
+    assert len(list(tmp_path.glob("*query*"))) == 4                          # of five speakers
+    corpus.test = corpus_of([torch.randn(1600 + 80 * k) * 0.1 for k in range(6)], [5, 5, 5, 6, 6, 6])
+    corpus.test.speakers = [f"s{i}" for i in range(7)]
+    chance = v.retrieve(model, corpus, v.replace(cfg, probe=3), tmp_path / "few")["chance"]
+    close(chance, 2 / 5)                                                     # three of each set
+
+
+def test_a_single_utterance_has_no_neighbour(tmp_path):
+    corpus = corpus_of([torch.randn(1600) * 0.1] * 2, [0, 1])
+    model, _, cfg = started(corpus)
+    corpus.held = np.array([0])
+    assert set(v.retrieve(model.eval(), corpus, cfg, tmp_path).values()) == {0.0}
 
 
 def test_explained_variance():
@@ -570,6 +685,14 @@ def test_mine_learns_the_mutual_information(rho, truth):
     value, ceiling = v.mine(x, y, a, b, 64, cfg)
     assert abs(value - truth) < 0.08
     close(ceiling, math.log(64 * 63))
+
+
+def test_critics_are_judged_on_held_out_rows():
+    """Trained where columns and pairs depend on one another, judged where they do not."""
+    cfg = v.Config(**TINY | dict(batch_size=64, concat_units=16))
+    (x, y), (a, b) = (map(lambda h: h[:, None], pairs(n, rho)) for n, rho in ((4096, 0.9), (1024, 0.0)))
+    assert v.mine(x, y, a, b, 64, cfg)[0] < 0
+    assert v.dependency(torch.cat([x, y], 1), torch.cat([a, b], 1), cfg)[0] < 0
 
 
 def test_shuffled_keeps_the_marginals():
@@ -655,17 +778,20 @@ def test_a_check_that_fails_refuses(corpus, tmp_path, monkeypatch, spoil):
     encode = model.encoder.forward
 
     def forward(x):
-        q = torch.rand(len(x), 6)
-        q[:, 0] = {"mean": 0.1 + 0.9 * q[:, 0], "variance": 0.1 + 0.8 * q[:, 0], "dependency": q[:, 1]}[spoil]
+        q = torch.stack([(torch.randperm(len(x)) + torch.rand(len(x))) / len(x) for _ in range(6)], 1)
+        q[:, 0] = {"mean": q[:, 0] ** 1.35, "variance": 0.1 + 0.8 * q[:, 0], "dependency": q[:, 1]}[spoil]
         return encode(x)[0], q.logit(1e-4)
     monkeypatch.setattr(model.encoder, "forward", forward)
-    _, said = sampled(model, corpus, cfg, tmp_path)
+    metrics, said = sampled(model, corpus, cfg, tmp_path)
+    off = metrics["prior"] | {"dependency": metrics["dependency"]["global"]}
+    beyond = {"mean": off["mean"] > 0.05, "variance": off["variance"] > 0.01, "dependency": off["dependency"] > 1}
+    assert beyond == {name: name == spoil for name in beyond}
     assert said == "no draws of the prior: sigmoid(y) is not uniform\n" and not list(tmp_path.glob("decoded_*_prior*"))
 
 
 def test_controls_are_what_they_say(corpus, tmp_path, monkeypatch):
     """untrained: the control's vector through ITS decoder; permuted: another utterance's y through the trained one."""
-    model, _, cfg = started(corpus, batch_size=6)
+    model, _, cfg = trained(corpus)
     given = {}
     for name in ("decoder", "control_decoder"):
         net = getattr(model, name)
@@ -679,17 +805,74 @@ def test_controls_are_what_they_say(corpus, tmp_path, monkeypatch):
         close(given["control_decoder"][k], model.control(x)[1], 1e-5)
         assert not (own == other).all(1).any()
         close(other.sort(0).values, own.sort(0).values, 1e-6)
-    assert len(seen) == 2 and len(seen[0]) == 12 and len(seen[1]) == 6       # held-out, and test
+        assert not torch.equal(given["control_decoder"][k], own)
+    assert [len(x) for x in seen.values()] == [4, 4]                         # held-out, and test
+    model, _, cfg = trained(corpus, batch_size=3)
+    seen.clear()
+    sampled(model, corpus, cfg, tmp_path)
+    assert [len(x) for x in seen.values()] == [6, 6]                         # all four of each, two of them twice
+
+
+def test_what_sample_measures_on_what(corpus, tmp_path, monkeypatch, drawn):
+    """Critics learn from training speech, standardised, and are judged on held-out speech, standardised alike; R2 is of held-out
+    speech and of the test set; every batch has a step of its own, the bound draws of its own."""
+    model, _, cfg = trained(corpus, pair="cross")
+    given, _ = {"mine": [], "dependency": []}, drawn.clear()
+    for name in given:
+        monkeypatch.setattr(v, name, lambda *a, name=name: given[name].append(a[:-1]) or (0.0, 1.0))
+    sampled(model, corpus, cfg, tmp_path)
+    bound, rest = [b for b in drawn if b[2] in (1000, 1001)], [b for b in drawn if b[2] == 2000]
+    assert len(bound) == 16 and all(c is corpus and us <= set(corpus.held) for c, _, _, us in bound)
+    assert len(rest) == 128 + 16 + 1 + 1 and len(drawn) == 16 + len(rest)
+    learn, judge, (held, test) = rest[:128], rest[128:144], rest[144:]
+    assert [step for _, step, _, _ in learn] == list(range(128)) and [step for _, step, _, _ in judge] == list(range(16))
+    assert set().union(*(us for _, _, _, us in learn)) == set(corpus.train)
+    assert all(us == set(corpus.held) for _, _, _, us in judge) and all(c is corpus for c, *_ in learn + judge)
+    assert held[0] is corpus and held[3] == set(corpus.held) and test[0] is corpus.test and test[3] == set(corpus.test.held)
+    x, ys = v.gather(model, corpus, corpus.train, 128, cfg)
+    x_held, ys_held = v.gather(model, corpus, corpus.held, 16, cfg)
+    assert (len(x), len(x_held)) == (512, 64) and not torch.equal(ys["global"], ys["untrained"])
+    close(ys["global"][:4], model.encoder(x[:4])[1], 1e-5)
+    close(ys["untrained"][:4], model.control(x[:4])[1], 1e-5)
+    for i, name in enumerate(("untrained", "global")):
+        mean, std = ys[name].mean(0), ys[name].std(0)
+        (frames, y, frames_held, y_held, size), twice = given["mine"][i], given["dependency"][i]
+        close(frames, x[:, 12])
+        close(frames_held, x_held[:, 12])
+        close(y.mean(0), torch.zeros(6), 1e-4)
+        close(y.std(0), torch.ones(6), 1e-4)
+        close(y_held, (ys_held[name] - mean) / std, 1e-3)
+        assert torch.equal(twice[0], y) and torch.equal(twice[1], y_held) and size == 4
+
+
+def test_a_dead_dimension_does_no_harm(corpus, tmp_path):
+    model, _, cfg = trained(corpus)
+    with torch.no_grad():
+        model.encoder.dense[-1].weight[0] = 0
+    metrics, _ = sampled(model, corpus, cfg, tmp_path)
+    assert all(math.isfinite(value) for row in metrics.values() for value in row.values())
+
+
+def test_decoded_files(corpus, tmp_path, monkeypatch):
+    """The first three crops of the test set, as they are and as each decoder makes them."""
+    model, _, cfg = trained(corpus)
+    given = []
+    monkeypatch.setattr(model, "vocode", lambda x, n: given.append(x) or torch.zeros(1, n))
+    sampled(model, corpus, cfg, tmp_path)
+    x, ys = v.gather(model, corpus.test, corpus.test.held, 1, cfg)
+    expected = [x, model.control_decoder(ys["untrained"]), model.decoder(ys["global"])]
+    for row in expected:
+        assert sum(torch.allclose(mel[0], crop, atol=1e-5) for mel in given for crop in row[:3]) >= 3
+    close(torch.cat(given[:3]), x[:3], 1e-6)
+    assert len(given) == 12
 
 
 def test_the_bound_is_of_held_out_speech(corpus, tmp_path, monkeypatch):
     model, _, cfg = started(corpus, objective="nce", pair="cross", alpha=1.0)
-    corpus = copy.copy(corpus)
-    corpus.train, corpus.held = np.arange(6), np.arange(6, 12)
     seen, inner = [], v.examples
     monkeypatch.setattr(v, "examples", lambda m, c, step, cfg, draw, us: seen.append((draw, set(us))) or inner(m, c, step, cfg, draw, us))
     metrics, _ = sampled(model, corpus, cfg, tmp_path)
-    assert set().union(*(us for _, us in seen)) == set(range(6, 12)) and {draw for draw, _ in seen} == {1000}
+    assert set().union(*(us for _, us in seen)) == set(corpus.held) and {draw for draw, _ in seen} == {1000}
     close(metrics["bound"]["local_ceiling"], math.log(1 + 3 * 6))
     close(metrics["bound"]["global_ceiling"], math.log(4))
     u = [v.bound(v.scores(model, inner(model, corpus, i, cfg, 1000, v.batch_of(corpus.held, i, cfg)), cfg)[0]["local"], "nce")[0]
