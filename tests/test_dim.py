@@ -609,8 +609,10 @@ def planted(rows):
 def test_retrieval(tmp_path, monkeypatch):
     """Queries are test utterances, searched among all held-out ones, the query itself left out."""
     lengths = [1600 + 160 * k for k in range(6)]
-    corpus = corpus_of([torch.randn(n) * 0.1 for n in lengths[:3]], [0, 0, 1])
-    corpus.test = corpus_of([torch.randn(n) * 0.1 for n in lengths[3:]], [2, 2, 3])
+    loud = torch.randn(lengths[3]) * 0.1
+    loud[:800] *= 0.01                                                       # but begins as softly as all others
+    corpus = corpus_of([torch.randn(n) * 0.001 for n in lengths[:3]], [0, 0, 1])
+    corpus.test = corpus_of([loud, torch.randn(lengths[4]) * 0.1, torch.randn(lengths[5]) * 0.001], [2, 2, 3])
     corpus.test.speakers = [f"s{i}" for i in range(4)]
     corpus.test.paths = [v.Path(f"t{i}.wav") for i in range(3)]
     corpus.train = np.arange(1)                                              # nothing is searched among these
@@ -630,7 +632,7 @@ def test_retrieval(tmp_path, monkeypatch):
     cosine, right = by_hand(good)
     mels = [model.features(c.wave(u)[None])[0].mean(0).tolist() for c in (corpus, corpus.test) for u in range(3)]
     close([found[k] for k in ("global", "untrained", "log_mel")], [right, by_hand(bad)[1], by_hand(mels)[1]], 1e-6)
-    assert right == pytest.approx(1 / 3) and by_hand(bad)[1] == 0
+    assert right == pytest.approx(1 / 3) and by_hand(bad)[1] == 0 and by_hand(mels)[1] == pytest.approx(2 / 3)
     close(found["chance"], (1 + 1 + 0) / 3 / 5)                              # one other of the same speaker, of five; or none
     assert found.keys() == {"log_mel", "untrained", "global", "chance"}
     lines = [line.split() for line in (tmp_path / "retrieval.txt").read_text().splitlines()]
@@ -843,6 +845,14 @@ def test_what_sample_measures_on_what(corpus, tmp_path, monkeypatch, drawn):
         close(y.std(0), torch.ones(6), 1e-4)
         close(y_held, (ys_held[name] - mean) / std, 1e-3)
         assert torch.equal(twice[0], y) and torch.equal(twice[1], y_held) and size == 4
+
+
+def test_few_held_out_utterances(corpus, tmp_path, monkeypatch):
+    """No batch of MINE has an utterance twice: it would be its own negative."""
+    model, _, cfg = trained(corpus, batch_size=6)
+    monkeypatch.setattr(v, "mine", lambda x, y, x_held, y_held, size, cfg: (float(size), float(len(x_held))))
+    metrics, _ = sampled(model, corpus, cfg, tmp_path)
+    assert metrics["mine"]["global"] == 4 and metrics["mine"]["ceiling"] == 64
 
 
 def test_a_dead_dimension_does_no_harm(corpus, tmp_path):
