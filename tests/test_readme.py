@@ -26,24 +26,29 @@ def current(script):
 
 
 def render():
-    """Markdown of every run in tests/results: for each script and data a table, and a line on each run. A run of an
-    older text of its script is marked stale."""
+    """Markdown of every run in tests/results: for each script and data a table, and a line on each run. Runs that differ
+    by their seed alone share a row, and the line is of the first. A run of an older text of its script is marked stale."""
     groups, parts = {}, []
     for path in sorted((ROOT / "tests" / "results").glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
         run = json.loads(path.read_text())
         groups.setdefault((run["script"], run["data"]["folder"], run["config"]["sample_rate"]), []).append(run)
-    percent = lambda value: "" if value is None else f"{value:.1%}"
+    percent = lambda values: "" if None in values else ", ".join(f"{value:.1%}" for value in values).replace("%,", ",")
     for (script, folder, rate), runs in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
-        data = runs[0]["data"]
+        data, alike = runs[0]["data"], {}
+        for run in runs:
+            alike.setdefault(str({k: v for k, v in run["config"].items() if k not in ("seed", "out")}), []).append(run)
         parts += [f"### `{script}.py` on {folder}", "", f"{data['minutes']} minutes of {data['speakers']} speakers, at "
                   f"{rate} Hz.", "", "| run | | phone | speaker | EER |", "|---|---|---|---|---|"]
-        for run in runs:
-            rows = {"chance": run["chance"]} | run["representations"]
-            rows = rows if run is runs[0] else {k: row for k, row in rows.items() if k not in ("chance", "log-mel")}
-            parts += [f"| {title(run) if i == 0 else ''} | {name} | {percent(row['phone'])} | {percent(row['speaker'])} | "
-                      f"{percent(row['eer'])} |" for i, (name, row) in enumerate(rows.items())]
+        for same in alike.values():
+            names = [*same[0]["representations"]]
+            names = ["chance", *names] if same[0] is runs[0] else [name for name in names if name != "log-mel"]
+            for i, name in enumerate(names):
+                rows = [run["chance"] if name == "chance" else run["representations"][name] for run in same]
+                rows = rows[:1] if name in ("chance", "log-mel") else rows
+                cells = [percent([row[k] for row in rows]) for k in ("phone", "speaker", "eer")]
+                parts += [f"| {title(same) if i == 0 else ''} | {name} | {' | '.join(cells)} |"]
         parts += [""]
-        for run in runs:
+        for run, *more in alike.values():
             line = [f"{run['steps']} steps, {run['seconds']:.0f} s in all, {run['hardware']}, torch {run['torch']}"]
             if voice := run["conversion"]:
                 line += [f"of {voice['pairs']} conversions {voice['target']:.0%} heard as the target, "
@@ -53,14 +58,15 @@ def render():
             for name, value in run["metrics"].items():
                 value = ", ".join(f"{k} {v:.2f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4g}"
                 line += [f"{name} {value}".replace("_", " ")]
-            parts += [f"* {title(run)}{'' if run['sha256'] == current(script) else ' **(stale: the script has changed since)**'}: "
-                      f"{'; '.join(line)}."]
+            fresh = all(r["sha256"] == current(script) for r in (run, *more))
+            parts += [f"* {title([run])}{'' if fresh else ' **(stale: the script has changed since)**'}: {'; '.join(line)}."]
         parts += [""]
     return "\n".join(parts)
 
 
-def title(run):
-    return f"`{run['command']}`"
+def title(runs):
+    seeds = ", ".join(str(run["config"]["seed"]) for run in runs[1:])
+    return f"`{runs[0]['command']}`" + f" and seeds {seeds}" * bool(seeds)
 
 
 def section():
