@@ -8,7 +8,7 @@ Mutual Information", Interspeech 2019, arXiv:1812.00271.
 The idea. Show a critic an object x and an embedding y: is y that of x? The embedding is good if a critic can
 tell, and encoder and critic learn TOGETHER to tell better, with one loss. The auto-encoder is the special
 case in which the critic decodes y and scores by minus the error, so that every sample of x counts; a free
-critic asks y only for what tells x from others. The best critic is a density ratio, and the loss then bounds
+critic asks y only for what tells x from others. The best one is a log density ratio, and the loss then bounds
 (a function of) the mutual information I of x and y. What the critic is shown decides what y keeps: the whole
 map of features, DIM(G), or each cell of it alone, DIM(L), and then what many cells SHARE: of speech the
 speaker and the channel, not the phone. CPC (cpc.py) asks which cell comes k steps LATER, and may take the
@@ -34,34 +34,34 @@ other utterances. Only the matching of y to a prior is adversarial.
 Differs from the papers. Of them we had abstracts, parts of the introduction, and what DIM's authors' code
 does; "there" is that code.
 D1  Speech for images: convolutions over time, a cell per 4 frames which sees 14; decoders of log-mel, judged
-    by R2, there by MS-SSIM. Sizes are ours (U 1024; there 2048).
+    by R2, there by SSIM. Most sizes are ours (U 1024; there 2048).
 D2  The dot critic's score is divided by sqrt(U); there it is not, and of order sqrt(U) from the start.
 D3  y is pooled over time: a whole utterance goes in at any length. There the map is flattened.
 D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y.
 D5  In dv and nce a y's own cells are left out by a mask; there, by a constant of -10 or so in their place.
-D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, so that y can
-    only use what these share. Ravanelli and Bengio pair two local vectors, and have no y.
+D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, perhaps
+    overlapping; y can use what these share. Ravanelli and Bengio pair two local vectors, and have no y.
 D7  The critic of `dependency` learns by JSD; there by KL, unbounded where all rows can be told apart.
 The papers do not say, or not to us
 U1  what of two utterances of a speaker in a batch: here objects like any others, and of one GPU's batch.
 U2  the x of MINE: here the middle frame of the crop, the same for every encoder.
 
-The log shows the bounds, 0 where the critic knows nothing, and their ceilings. A higher bound is not a better
-embedding, and bounds of two objectives do not compare. prior_critic_loss is 1.39 (and its penalty),
+The log shows the bounds, 0 where the critic knows nothing, and their ceilings (dv has none: log of how many
+do not match). A higher bound is not a better embedding. prior_critic_loss is 1.39 (and its penalty),
 prior_loss 0.69 where the prior's critic knows nothing.
 
     python dim.py                                       a toy corpus, a minute on two CPU cores
     python dim.py --data DIR --test DIR2                any folder of audio, our full size, for a GPU
     python dim.py convert --checkpoint runs/a --source a.wav --output b.wav      what y retains of a.wav
 
-Measured on CPU threads, not on a GPU; TOY was chosen on seeds 0 to 2 of its voices. Toy corpus, these seeds:
+Measured on CPU threads, not on a GPU; TOY was chosen on seeds 0 to 2, by the same voices. Toy, these seeds:
 EER of unseen voices by `global` 16, 15, 18 % (untrained 44, 35, 42; log-mel 43), R2 of the time average of
-held-out speech 0.77, 0.75, 0.79 (untrained 0.69, 0.71, 0.70), but of unseen voices 0.67, 0.62, 0.76 (0.75,
-0.72, 0.74): eight are perhaps too few to decode. Phones leave `local`: 65, 65, 71 % (80, 78, 82). DIM(G),
---alpha 1 --beta 0, is good for R2 instead, unseen too (0.83 to 0.85), but not for the EER (44, 38, 39 %).
-3 objectives, both pairs, gamma 0 and 0.1, 3 seeds, 2000 steps: LibriSpeech 2.9 to 5.6 % (untrained 23 to 37,
-log-mel 26), words 15 to 19 % (29 to 31; 32). Negative: no run's sigmoid(y) is uniform, and `dependency` is
-at its ceiling in all, trained or not.
+held-out speech 0.77, 0.75, 0.79 (untrained 0.69, 0.72, 0.70), but of unseen voices 0.67, 0.62, 0.76 (0.75,
+0.72, 0.74). `local` loses phones: 65, 65, 71 % (80, 78, 82). DIM(G), --alpha 1 --beta 0, has an R2 of 0.80 to
+0.83, unseen 0.83 to 0.85, but an EER of 44, 38, 39 %. 3 objectives, both pairs, gamma 0 and 0.1, 3 seeds,
+1000 steps of DIM: EER on LibriSpeech, one recording a speaker, 2.9 to 5.6 % (untrained 23 to 37, log-mel 26),
+on words 15 to 19 (29 to 31; 32). Negative: sigmoid(y) is uniform in no run, and `dependency` is cut at its
+ceiling in all, trained or not.
 """
 import argparse
 import collections
