@@ -22,7 +22,7 @@ other utterances. Only the matching of y to a prior is adversarial.
 
     jsd   E_P[log 2 - softplus(-u)] + E_Q[log 2 - softplus(u)]      2 JSD(P || Q) at best, no estimate of I
     dv    E_P[u] - log E_Q[exp u]                                   at most I (of all pairs, not of a batch)
-    nce   log N + E_P[u - log(exp u + sum of exp u' over i's Q)]    at most I and log N, N = 1 + (B - 1) T'
+    nce   log N + E_P[u - log(exp u + sum of exp u' over i's Q)]    at most log N, N = 1 + (B - 1) T'
     L = - beta local - alpha global + gamma E[softplus(-D(q))],  q = sigmoid(y);  against it, v uniform, the
     prior's critic lowers E[softplus(-D(v))] + E[softplus(D(q))] + penalty E |gradient of D|^2
 
