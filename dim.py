@@ -34,7 +34,7 @@ other utterances. Only the matching of y to a prior is adversarial.
 Differs from the papers. Of them we had abstracts, parts of the introduction, and what DIM's authors' code
 does; "there" is that code.
 D1  Speech for images: convolutions over time, a cell per 4 frames which sees 14; decoders of log-mel, judged
-    by R2, there by SSIM. Most sizes are ours (U 1024; there 2048).
+    by R2, there by SSIM. Most sizes are ours (U 1024; there 2048), batch and learning rate are theirs.
 D2  The dot critic's score is divided by sqrt(U); there it is not, and of order sqrt(U) from the start.
 D3  y is pooled over time: a whole utterance goes in at any length. There the map is flattened.
 D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y.
