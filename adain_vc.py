@@ -25,8 +25,8 @@ without labels; so neither voice of a conversion needs to be known, and one reco
     D(z, e)  model.decoder: x^    (B, T, F)     lambda_kl     cfg.kl           1 (TOY: 0.1)
     B batch, T frames, F mel bands, C channels in the blocks, D and E sizes of z and e
 
-Differs from the paper. Of the paper we had what the authors say of it beside their published code, not the
-text: sizes, weights and schedule here are those of that code in its last state.
+Differs from the paper. Of it we had what the authors say beside their published code, not the text: sizes,
+weights and schedule here are those of that code in its last state.
 D1  IN comes before the ReLU. In the paper: after it.
 D2  The posterior's variance is learned, and its KL rises to weight 1 in 20,000 steps. In the paper the
     variance is 1, so the KL is half the mean square of mu; the authors' earlier code: 0.01 times that square.
@@ -39,7 +39,7 @@ D5  Griffin-Lim with momentum from a random phase, on the pseudo-inverse of the 
 D6  Mean and deviation of a mel band are of utterances of all speakers, the deviation at least 1 dB; segments
     are cut from the waveform, anew in every step. The authors: of the first 5000 files by name, which in VCTK
     are a dozen speakers; cut from the spectrogram (so that edges see what is beyond), 10 million, once.
-Not known to us from the paper
+The paper does not say, or not to us
 U1  Over what L averages: here, as in the authors' code, both terms are means over all elements.
 U2  What several recordings of the target give: here they are joined, so that the average over time is of all.
 
@@ -74,6 +74,7 @@ From `content` the speaker is read there in 3 % (chance 0.5; untrained 3; withou
 read from a frame of `content`: 47 %, chance 46, log-mel 50.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -88,10 +89,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -118,7 +122,7 @@ class Config:
     steps: int = 500_000         # training steps
     lr: float = 5e-4             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
     probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
@@ -138,7 +142,7 @@ class Config:
     weight_decay: float = 1e-4   # of Adam: L2, added to the gradient
     clip: float = 5.0            # largest norm of the gradient of all parameters
 
-# The same model, narrower, at 16 kHz, for two CPU cores and two minutes; its KL weight was chosen by trial.
+# The same model, narrower, at 16 kHz, for two CPU cores and two minutes; kl was chosen by trial.
 TOY = dict(sample_rate=16000, n_fft=512, win=400, hop=200, n_mels=64, crop=12800, batch_size=16, steps=2200,
            lr=2e-3, save_every=500, channels=64, d_content=16, bank=4, bank_channels=16, blocks=4, dense=2,
            kl=0.1, kl_steps=375)
@@ -168,10 +172,8 @@ class Encoder(nn.Module):
             Conv(c, c, 5, stride=1 + i % 2), Norm(c), nn.ReLU()) for i in range(cfg.blocks))
 
     def trunk(self, x):
-        T = x.shape[1]
-        if T < self.min_frames:                                              # D4: x again and again
-            x = x[:, torch.arange(self.min_frames, device=x.device) % T]
-        x = x.mT.contiguous()                                                # (B, F, T)
+        T = max(x.shape[1], self.min_frames)                                 # D4: x again and again
+        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()          # (B, F, T)
         h = self.mix(torch.cat([*(conv(x).relu() for conv in self.bank), x], 1))
         for i, block in enumerate(self.blocks):
             h = block(h) + (F.avg_pool1d(h, 2, ceil_mode=True) if i % 2 else h)
@@ -260,12 +262,13 @@ class Model(nn.Module):
         """z (B, T', D), e (B, E) -> x^ (B, frames, F). D4: what is more than the source has is cut off."""
         return self.decoder(z, e)[:, :frames]
 
-    def vocode(self, x):
-        """(B, T, F) -> (B, hop (T - 1)): undoes `features`, with phases by Griffin-Lim (D5)."""
+    def vocode(self, x, samples):
+        """(B, T, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
         mel = 10 ** (5 * (x * self.std + self.mean).clamp(0, 1) - 4)         # 100 dB x - 80 dB
         angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
         emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
-        return griffin_lim(mel_to_magnitude(mel, self.cfg) / emphasis, self.cfg)
+        return griffin_lim(mel_to_magnitude(mel, self.cfg) / emphasis, self.cfg)[:, :samples]
 
 def decibels(wave, cfg):
     """(B, N) -> (B, T, F): mel magnitude after a pre-emphasis of 0.97, -80 dB to 20 dB as 0 to 1."""
@@ -299,8 +302,9 @@ def train_step(model, optimizers, corpus, step, cfg):
     x = model.features(batch["wave"])[:, :cfg.crop // cfg.hop]               # (B, T, F)
     # D4: in silence deviations are 0, each InstanceNorm multiplies the gradient by 1e-5 ** -0.5, and clipping
     # leaves nothing of the rest of the batch. So another segment takes the place of a silent one.
-    heard = x.std(1).mean(1) > 0.1                                           # (B,)
-    x = x[torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())]
+    heard = x.std(1).mean(1) > 0.1                                           # (B,), 0.1 of a deviation
+    keep = torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())
+    x = x[keep]
     mu, log_var = (h.float() for h in model.content(x))                      # (B, T', D)
     z = mu + (log_var / 2).exp() * torch.randn_like(mu)
     l1 = F.l1_loss(model.decode(z, model.speaker(x), x.shape[1]).float(), x)     # U1: means over all elements
@@ -328,9 +332,7 @@ def convert(model, sources, targets, cfg):
     for wave, target in zip(sources, targets):
         x = model.features(wave[None])
         e = model.speaker(x if target is None else model.features(target[None]))
-        y = model.decode(model.content(x)[0], e, x.shape[1]).mT
-        y = F.pad(y, (0, 1), mode="replicate").mT                            # a frame more, for N samples
-        waves.append(model.vocode(y)[0, :len(wave)])
+        waves.append(model.vocode(model.decode(model.content(x)[0], e, x.shape[1]), len(wave))[0])
     return waves
 
 @torch.no_grad()
@@ -396,10 +398,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -412,8 +411,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -448,9 +446,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -460,8 +457,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -470,8 +466,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -508,18 +503,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -527,12 +521,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -547,8 +539,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -559,9 +550,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -570,16 +560,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -595,8 +582,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -626,7 +612,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -635,9 +620,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -661,9 +645,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -671,7 +654,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -694,11 +676,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -709,34 +690,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -756,18 +770,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -775,19 +792,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -802,32 +815,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -847,14 +854,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -865,12 +869,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -883,34 +886,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -926,10 +931,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -938,7 +941,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -967,8 +970,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

@@ -24,8 +24,7 @@ critic judges whether the sum is like real speech, and a second classifier wheth
                     1 of Enc and Dec              L_rec - w CE_1(z, y), w from 0 to 0.01 in 50,000 steps
     3      50,000   5 of critic and classifier-2  D(x') - D(x) + CE_2(x, y) + 10 mean (1 - |grad D(u)|)^2,
                     1 of Gen                      -D(x') + CE_2(x', y')     u between x and x' at random
-    Phases 0 to 2 are stage 1, phase 3 is stage 2. They are parts of `steps`, 158,000: with another --steps
-    all scale, and a run that is resumed with more steps is in another phase than it was.
+    Phase 3 is stage 2. All are parts of `steps` and scale with --steps, also in a run that is resumed.
 
     symbol   here               shape         symbol        here                shape or value
     Enc(x)   model.encoder: z   (B, T', C)    CE_1          model.classifier    logits (B, S)
@@ -34,67 +33,39 @@ critic judges whether the sum is like real speech, and a second classifier wheth
     y, y'    speaker, aim       (B,)          10            cfg.penalty
     B batch, T frames, F bins, C channels, S speakers
 
-Differs from the paper. Of the paper we had what the authors' published code and demonstration say of it, not
-the text: sizes, weights and schedule here are those of that code.
-D1  Any speakers. Every utterance is as likely, those of a batch differ, short ones are repeated, silence is
-    not trimmed, segments are cut from the waveform, anew in each step. The authors: 20 speakers of VCTK;
-    first the speaker is drawn, then an utterance of more than 128 frames; silence trimmed; 500,000 segments,
-    cut once from the spectrograms, so that edges see what is beyond; held out: the last tenth by name.
-D2  Latents are detached where the encoder does not learn, and no dropout in the frozen encoder of stage 2.
-    The authors go through the encoder in the classifier's steps, and leave its dropout on in stage 2.
+Differs from the paper. Its text we did not have: sizes, weights and schedule are those of the authors' code.
+D1  Every utterance is as likely, those of a batch differ, short ones are repeated, silence stays; segments
+    are cut anew in each step, from the waveform. The authors: 20 speakers of VCTK; first the speaker, then an
+    utterance, trimmed, over 128 frames; 500,000 segments, cut once; held out: the last tenth by name.
+D2  Latents are detached where the encoder does not learn, and the frozen encoder of stage 2 has no dropout.
 D3  A silent training segment is replaced: see `segments`.
-D4  Any length is converted and comes out as long: x is repeated to 9 frames, a long output cut. The last
-    kernels of classifier-1 and critic fit the training segment, and average over a longer one; it must have
-    33 frames. The authors' are made for 128 frames, need 9 and return 8 T' frames.
+D4  Any length is converted and comes out as long: x is repeated to 9 frames, a long output cut. The heads fit
+    the training segment, 33 frames at least, and average over a longer one. The authors' fit 128 only.
 D5  Griffin-Lim with momentum from a random phase, de-emphasis in the spectrum. The authors: 300 plain rounds
     from phase 0, a recursive filter, silence trimmed.
-D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made, and convert
-    from a checkpoint of stage 1 adds nothing. With the usual start the critic is steep and leads the
-    generator astray (in earlier toy trials, apart: a mean penalty of 58 over 25 steps of stage 2; so, 0.1).
-TOY is more than narrower: dropout of 0.1 and 0, 3 steps of classifier-1, higher learning rates, the
-generator's below the critic's, and more of the steps for the auto-encoder.
-Not known to us from the paper
-U1  The batch: here 32, as in the authors' configuration; their script, as it stands, takes 16.
+D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made. With the
+    usual start the critic is steep and leads the generator astray (toy: a mean penalty of 58 over 25 steps).
+The paper does not say, or not to us
+U1  Its batch: 32, as in the authors' configuration; their script takes 16.
 
 The log shows reconstruction_loss, L_rec, in units of 100 dB (toy corpus: 0.06); classifier_loss, CE_1 in nats
 (chance: ln S), and the accuracy of that classifier, which is no measure of what z knows; critic_distance,
 D(x) - D(x'); penalty, |grad D| being near 1 when it is small; classifier_2_loss of real and generator_loss of
 converted segments, both in nats. A step counts as one batch of audio; those of phases 2 and 3 draw several.
-In result.json metrics.fresh_classifier is the accuracy of a new classifier-1 trained on the finished encoder:
-together with the linear probe of `content` it tests the paper's claim, that --adversary 0 leaves more of the
-speaker in. metrics.l1: L_rec on whole utterances with the own and with another speaker's vectors.
-metrics.variance: over time, per frequency, in dB^2, the "global variance"; variance_error: how far it is
-from that of the target's real speech ("copy": what Griffin-Lim alone does). Stage 2 should raise the one and
-lower the other.
+In result.json metrics.fresh_classifier and the linear probe of `content` test the paper's claim, that
+--adversary 0 leaves more of the speaker in. Stage 2 should raise metrics.variance and lower variance_error.
 
     python adversarial_vc.py                            a toy corpus, three minutes on two CPU cores
     python adversarial_vc.py --data DIR                 any folder of audio, the authors' size, for a GPU
     python adversarial_vc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
 
-Measured on a CPU, not on a GPU. Toy corpus, seeds 0, 1, 2: of 24 conversions 88, 75, 75 % are heard as the
-target, 0, 12, 4 % as the source; they keep the phone in 63, 73, 63 % of the frames (copies 91, chance 21).
-From `content` phones are read in 82, 84, 81 % (untrained 58, 60, 57). The adversary has nothing to do there:
-classifier-1 stays at chance (log), the fresh one too (14, 14, 12), for the encoder's InstanceNorm leaves
-little of these voices, trained or not (speaker, `content`: 31, 38, 34 %; untrained 33, 41, 26; log-mel 97).
-Real speech: TOY with --steps 3080 --classifier-share 1500 --joint-share 1100 --ramp 700, so that classifier-1
-is well above chance before it matters (log, step 2000: words 20, digits 70 %), and --adversary 0.1 beside 0:
-                            speaker, `content` (untrained)   fresh classifier-1         phone
-words, seeds 0, 1, 2   0.1  36, 33, 33 %       (18, 25, 20)   6,  8,  6 % (11, 10, 10)  53, 53, 53 % (47)
-chance 6 %, phone 46   0    60, 59, 55                       18, 18, 19                 56, 56, 55
-  without encoder IN   0.1  55                 (83)           7           (20)          51           (52)
-                       0    62                               19                         53
-digits, chance 17 %,   0.1  94                 (77)          18           (44)          45           (32)
-  phone 13             0    98                               75                         54
-So the claim holds for a new classifier of the adversary's own kind, which falls to chance, and on words in
-part for a linear probe of the mean over time; on digits this reads the speaker as before, and better than
-untrained. With the speaker went some of the phones, and with the encoder's IN speech became more blurred
-(variance 210, 213, 230 of 307 dB^2 on words; without the adversary 261, 265, 260). Conversions are no better
-for it: on words 75, 50, 67 % are heard as the target, with it and without (copies as themselves 75), as the
-source 0, 8, 0 % with it, 4, 17, 4 without; on digits 83 and 83 %, as the source 4 and 8. Stage 2, here 80
-steps, lowers variance_error in the eleven runs of toy and words, by 1 to 10 % (toy seed 0: 0.250 to 0.243),
-but raises it on digits, 0.30 to 0.34 and, with the adversary, 0.38 to 0.40.
+Measured on a CPU, TOY's sizes. Words, --adversary 0.1 (beside 0): a fresh classifier-1 names the speaker in 6
+to 8 % (18 to 19; chance 6), a linear probe in 33 to 36 (55 to 60; untrained 18 to 25), on digits in 94 (98);
+phones fall, conversions are no better. On the toy corpus the encoder's InstanceNorm leaves the adversary
+nothing to remove: classifier-1 stays at chance. Not measured: the authors' size; anything on a GPU.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -109,10 +80,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -139,11 +113,11 @@ class Config:
     steps: int = 158_000         # training steps
     lr: float = 1e-4             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
     probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
-    save_every: int = 1000       # steps between checkpoints
+    save_every: int = 5000       # steps between checkpoints
 
     adversary: float = 0.01      # weight of classifier-1's error in the encoder's objective; 0: the control
     instance_norm: bool = True   # in the encoder; false: leaves more of the speaker to the adversary
@@ -164,7 +138,7 @@ class Config:
     clip: float = 5.0            # largest norm of a network's gradient
     generator_lr: float = 1e-4   # learning rate of Adam for the generator; lr: for the other networks
 
-# The same model, narrower, at 8 kHz, for two CPU cores and three minutes; the shares are steps here.
+# Narrower, at 8 kHz, less dropout, other rates and shares (which are steps): three minutes on two CPU cores.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=5120, batch_size=16, steps=880,
            lr=1.5e-3, save_every=500, ae_share=400.0, classifier_share=100.0, joint_share=300.0,
            gan_share=80.0, ramp=200.0, classifier_steps=3, channels=64, bank=4, bank_channels=16,
@@ -189,7 +163,6 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         c, bins, options = cfg.channels, cfg.n_fft // 2 + 1, (cfg.dropout, cfg.instance_norm)
-        self.min_frames = max(9, cfg.bank // 2 + 1)    # of 9 frames 3 are left where the last halving mirrors
         self.bank = nn.ModuleList(Conv(bins, cfg.bank_channels, k + 1) for k in range(cfg.bank))
         self.mix = pair(nn.Identity(), nn.Conv1d(cfg.bank * cfg.bank_channels + bins, c, 1), *options)
         self.down = nn.ModuleList(pair(Conv(c, c, 5), Conv(c, c, 5, stride=2), *options) for _ in range(3))
@@ -198,14 +171,13 @@ class Encoder(nn.Module):
         self.leave = nn.Linear(c + c // 4 * 2, c)
 
     def forward(self, x):
-        if x.shape[1] < self.min_frames:                                     # D4: x again and again
-            x = x[:, torch.arange(self.min_frames, device=x.device) % x.shape[1]]
-        x = x.mT.contiguous()                                                # (B, F, T)
+        T = max(x.shape[1], 9, len(self.bank) // 2 + 1)     # D4: of 9 frames 3 are left for the last halving
+        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()          # (B, F, T)
         h = self.mix(torch.cat([*(conv(x) for conv in self.bank), x], 1))
         for block in self.down:
             h = block(h) + F.avg_pool1d(F.pad(h, (0, h.shape[2] % 2), mode="reflect"), 2)
         for block in self.dense:
-            h = block(h) + h
+            h = h + block(h)
         h = h.mT                                                             # (B, T', C)
         return F.leaky_relu(self.leave(torch.cat([h, self.gru(h)[0]], 2)))
 
@@ -214,13 +186,12 @@ class Decoder(nn.Module):
     doubles T, one for the two dense blocks, one for the GRU. The generator of stage 2 is another of these."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        c = cfg.channels
+        c, bins = cfg.channels, cfg.n_fft // 2 + 1
         self.speaker = nn.ModuleList(nn.Embedding(n_speakers, c) for _ in range(5))
         self.up = nn.ModuleList(nn.ModuleList([Conv(c, 2 * c, 3), Conv(c, c, 3)]) for _ in range(3))
         self.dense = nn.ModuleList(nn.ModuleList(nn.Conv1d(c, c, 1) for _ in range(2)) for _ in range(2))
         self.gru = nn.GRU(c, c // 2, batch_first=True, bidirectional=True)
-        self.leave = nn.Sequential(nn.Linear(2 * c + c // 2 * 2, c), nn.LeakyReLU(),
-                                   nn.Linear(c, cfg.n_fft // 2 + 1))
+        self.leave = nn.Sequential(nn.Linear(2 * c + c // 2 * 2, c), nn.LeakyReLU(), nn.Linear(c, bins))
 
     def forward(self, z, speaker):
         h, e = z.mT, [table(speaker)[..., None] for table in self.speaker]   # (B, C, T'), five of (B, C, 1)
@@ -232,7 +203,7 @@ class Decoder(nn.Module):
             y = F.leaky_relu(second(F.leaky_relu(first(h + e[3])) + e[3]))
             h = F.instance_norm(y) + h
         recurrent, e_5 = self.gru((h + e[4]).mT)[0], e[4].mT.expand(-1, h.shape[2], -1)
-        return self.leave(torch.cat([h.mT, recurrent, e_5], 2))              # no non-linearity at the end
+        return self.leave(torch.cat([h.mT, recurrent, e_5], 2))
 
 class Classifier(nn.Module):
     """Classifier-1: z (B, T', C) -> logits of the speaker (B, S). The last kernel is as long as the latent of
@@ -247,7 +218,7 @@ class Classifier(nn.Module):
     def forward(self, z):
         h = self.blocks[0](z.mT)
         for block in self.blocks[1:]:
-            h = block(h) + h
+            h = h + block(h)
         return self.head(self.narrow(h)).mean(2)
 
 class Critic(nn.Module):
@@ -257,14 +228,11 @@ class Critic(nn.Module):
         super().__init__()
         c, T, bins = cfg.critic_channels, cfg.crop // cfg.hop, cfg.n_fft // 2 + 1
         if min(T, bins) < 33:                          # less cannot be mirrored after four halvings
-            raise UserError(f"--crop {cfg.crop}, --hop {cfg.hop}, --n-fft {cfg.n_fft}: {T} frames of {bins} "
-                            "bins, where the critic needs 33 of both; raise --crop or --n-fft")
-        sizes, layers = (1, c, 2 * c, 4 * c, 8 * c, 8 * c), []
-        for a, b in [*itertools.pairwise(sizes), (8 * c, c // 2)]:
-            last = b == c // 2                         # 1 x 1
-            conv = nn.Conv2d(a, b, 1) if last else nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect")
-            layers += [conv, nn.LeakyReLU(), nn.InstanceNorm2d(b), nn.Dropout2d(0.1)]
-        self.trunk = nn.Sequential(*layers)
+            raise UserError(f"{T} frames, {bins} bins: the critic needs 33 of each; raise --crop or --n-fft")
+        after, layers = lambda n: (nn.LeakyReLU(), nn.InstanceNorm2d(n), nn.Dropout2d(0.1)), []
+        for a, b in itertools.pairwise((1, c, 2 * c, 4 * c, 8 * c, 8 * c)):
+            layers += [nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect"), *after(b)]
+        self.trunk = nn.Sequential(*layers, nn.Conv2d(8 * c, c // 2, 1), *after(c // 2))
         shape = -(-bins // 32), -(-T // 32)
         self.value, self.classifier = nn.Conv2d(c // 2, 1, shape), nn.Conv2d(c // 2, n_speakers, shape)
 
@@ -287,24 +255,25 @@ class Model(nn.Module):
             nn.init.zeros_(last.bias)
 
     def features(self, wave):
-        """(B, N) -> x (B, T, F), T = 1 + N // hop: linear magnitude after a pre-emphasis of 0.97, -80 dB to
-        20 dB as 0 to 1."""
-        wave = wave - 0.97 * F.pad(wave, (1, 0))[:, :-1]
-        with torch.autocast(wave.device.type, enabled=False):
-            decibels = 20 * stft(wave, self.cfg).abs().clamp(min=1e-5).log10()
-        return ((decibels + 80) / 100).clamp(1e-8, 1)
+        """(B, N) -> x (B, T, F), T = 1 + N // hop, on a scale that is fixed."""
+        return decibels(wave, self.cfg)
 
     def decode(self, z, speaker, frames, stage):
-        """z (B, T', C), speaker (B,) -> x^ (B, frames, F): in stage 2 the generator adds its residual.
-        D4: what is more than the source has is cut off."""
+        """z (B, T', C), speaker (B,) -> x^ (B, frames, F), the rest cut (D4): Dec, in stage 2 Dec + Gen."""
         x = self.decoder(z, speaker).float()
         return (x + self.generator(z, speaker) if stage == 2 else x)[:, :frames]
 
-    def vocode(self, x):
-        """(B, T, F) -> (B, hop (T - 1)): undoes `features`, with phases by Griffin-Lim (D5)."""
+    def vocode(self, x, samples):
+        """(B, T, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
         angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
         emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
-        return griffin_lim(10 ** (5 * x.clamp(0, 1) - 4) / emphasis, self.cfg)
+        return griffin_lim(10 ** (5 * x.clamp(0, 1) - 4) / emphasis, self.cfg)[:, :samples]
+
+def decibels(wave, cfg):
+    """(B, N) -> (B, T, F): linear magnitude after a pre-emphasis of 0.97, -80 dB to 20 dB as 0 to 1."""
+    wave = wave - 0.97 * F.pad(wave, (1, 0))[:, :-1]
+    return ((20 * stft(wave, cfg).abs().clamp(min=1e-5).log10() + 80) / 100).clamp(1e-8, 1)
 
 # ==================== the objective ====================
 def prepare(model, corpus, cfg):
@@ -314,8 +283,8 @@ def prepare(model, corpus, cfg):
 
 def make_optimizers(model, cfg):
     """Four: each step below moves the networks of one and leaves the others as they are."""
-    def adam(*nets, lr=cfg.lr):
-        return torch.optim.Adam([p for n in nets for p in n.parameters()], lr, betas=(0.5, 0.9), fused=True)
+    adam = lambda *nets, lr=cfg.lr: torch.optim.Adam([p for net in nets for p in net.parameters()], lr,
+                                                     betas=(0.5, 0.9), fused=True)
     return {"autoencoder": adam(model.encoder, model.decoder), "classifier": adam(model.classifier),
             "critic": adam(model.critic), "generator": adam(model.generator, lr=cfg.generator_lr)}
 
@@ -335,7 +304,7 @@ def schedule(step, cfg):
     phase, ramp = sum(step >= end for end in ends), cfg.ramp * cfg.steps / sum(shares)
     return phase, cfg.adversary * min(1, (step - ends[1]) / max(ramp, 1)) if phase == 2 else 0.0
 
-def segments(model, corpus, step, draw, cfg, utterances=None):
+def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """-> x (B, T, F) of random segments, speaker (B,). U1: B is 32. D1: of utterances drawn alike."""
     batch = get_batch(corpus, cfg, step, draw, utterances)
     x, speaker = model.features(batch["wave"])[:, :cfg.crop // cfg.hop], batch["speaker"]
@@ -364,13 +333,12 @@ def autoencoder_step(model, optimizers, x, speaker, weight, cfg):
     update(loss, optimizers["autoencoder"], cfg, model.encoder, model.decoder)
     return {"reconstruction_loss": rec.detach()}
 
-def stage_1(model, x):
-    """What is frozen in stage 2, x (B, T, F) -> z, random speakers y' (B,), the true one among them, and
-    Dec(z, y') (B, T, F)."""
+def converted(model, x):
+    """x (B, T, F) -> x' (B, T, F) and random speakers y' (B,), the true ones among them."""
     aim = torch.randint(model.n_speakers, (len(x),), device=x.device)
     with torch.no_grad():
         z = model.encoder(x)
-        return z, aim, model.decode(z, aim, x.shape[1], stage=1)
+    return model.decode(z, aim, x.shape[1], stage=2), aim
 
 def gradient_penalty(critic, real, fake):
     """Mean of (1 - |gradient of the critic|)^2 at a random point between each real and fake segment, both
@@ -384,8 +352,7 @@ def gradient_penalty(critic, real, fake):
 def critic_step(model, optimizers, x, speaker, cfg):
     """The critic learns to tell real segments from converted ones, classifier-2 the speaker of real ones."""
     with torch.no_grad():
-        z, aim, fake = stage_1(model, x)
-        fake = fake + model.generator(z, aim)[:, :x.shape[1]]
+        fake = converted(model, x)[0]
     (real_value, logits), fake_value = model.critic(x), model.critic(fake)[0]
     distance = real_value.float().mean() - fake_value.float().mean()
     error, penalty = F.cross_entropy(logits.float(), speaker), gradient_penalty(model.critic, x, fake)
@@ -396,8 +363,8 @@ def critic_step(model, optimizers, x, speaker, cfg):
 def generator_step(model, optimizers, x, cfg):
     """The generator learns a residual that the critic takes for real and classifier-2 for the target speaker.
     Nothing else keeps what was said: it is what the decoder's output has already."""
-    z, aim, base = stage_1(model, x)
-    value, logits = model.critic(base + model.generator(z, aim)[:, :x.shape[1]])
+    fake, aim = converted(model, x)
+    value, logits = model.critic(fake)
     error = F.cross_entropy(logits.float(), aim)
     update(error - value.float().mean(), optimizers["generator"], cfg, model.generator)
     return {"generator_loss": error.detach()}
@@ -406,7 +373,7 @@ def train_step(model, optimizers, corpus, step, cfg):
     """One step of the phase that `step` is in. Every inner step has a fresh batch."""
     phase, weight = schedule(step, cfg)
     model.encoder.train(phase < 3)                                         # D2: no dropout in what is frozen
-    batch, log = lambda draw: segments(model, corpus, step, draw, cfg), {}
+    batch, log = lambda draw: segments(model, corpus, cfg, step, draw), {}
     if phase == 0:
         return autoencoder_step(model, optimizers, *batch(0), 0.0, cfg)
     if phase == 1:
@@ -436,9 +403,8 @@ def convert(model, sources, targets, cfg):
         z, speakers = model.encoder(x), torch.arange(model.n_speakers, device=x.device)[:, None]
         if target is None:
             target = torch.stack([F.l1_loss(model.decode(z, s, x.shape[1], 1), x) for s in speakers]).argmin()
-        y = model.decode(z, speakers[target], x.shape[1], 2 if cfg.gan_share else 1).mT
-        y = F.pad(y, (0, 1), mode="replicate").mT                            # a frame more, for N samples
-        waves.append(model.vocode(y)[0, :len(wave)])
+        y = model.decode(z, speakers[target], x.shape[1], 2 if cfg.gan_share else 1)
+        waves.append(model.vocode(y, len(wave))[0])
     return waves
 
 @torch.enable_grad()
@@ -452,41 +418,37 @@ def fresh_classifier(encoder, corpus, cfg):
     rng, right = np.random.default_rng(cfg.seed), []
     for step in range(min(-(-cfg.steps // 4), 20_000)):
         us = corpus.train[rng.integers(len(corpus.train), size=cfg.batch_size)]
-        classifier_step(fresh, optimizers, *segments(fresh, corpus, step, 99, cfg, us), cfg)
+        classifier_step(fresh, optimizers, *segments(fresh, corpus, cfg, step, 1000, us), cfg)
     for draw, us in itertools.product(range(4), np.array_split(corpus.held, -(-len(corpus.held) // 64))):
-        x, speaker = segments(fresh, corpus, 0, draw, cfg, us)
+        x, speaker = segments(fresh, corpus, cfg, 0, 1001 + draw, us)
         right.append(fresh.eval().classifier(encoder(x)).argmax(1) == speaker)
     return torch.cat(right).float().mean().item()
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
     """Writes what each stage makes of an utterance of four training speakers in the voice of each of them,
-    SOURCE_as_TARGET_stage1.wav and _stage2.wav. Returns, over held-out utterances: accuracy of
-    `fresh_classifier`, also on an untrained encoder; L1 of stage 1 with the own and with another speaker's
-    vectors; the variance over time of a frequency, in dB^2, in real speech, in copies that only went through
-    Griffin-Lim, and in conversions of each stage; and how far that is from that of real speech of the speaker
-    (of conversions: the target), as the mean of |ln ratio| over frequencies and speakers. Writes variances as
-    global_variance.npy, (real, copy, stages; speakers; F)."""
+    and global_variance.npy (real, copy, stages; speakers; F): over time, of a frequency, in dB^2, the mean
+    over held-out utterances, real, copied by Griffin-Lim alone, and converted by each stage. Returns
+    `fresh_classifier`, also of an untrained encoder; means of those variances; and as variance_error how far
+    they are from real speech of the speaker (of conversions: the target), the mean |ln ratio|."""
     torch.manual_seed(cfg.seed)
     nets = {"content": model.encoder, "untrained": Model(cfg, corpus.known).to(cfg.device).encoder}
     metrics = {"fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}}
-    us = corpus.held[corpus.length[corpus.held] > cfg.win]
-    us = us[corpus.speaker[us] < corpus.known]                             # evaluate may bring other speakers
+    us = corpus.held[(corpus.speaker[corpus.held] < corpus.known) & (corpus.length[corpus.held] > cfg.win)]
     who, stages = corpus.speaker[us], (1, 2)[:1 + (cfg.gan_share > 0)]
-    by_stage = lambda wave, s, n: convert(model, [wave], [s], replace(cfg, gan_share=n - 1.0))[0]
+    of_stage = {n: Config(**asdict(cfg) | {"gan_share": n - 1.0}) for n in stages}
+    by_stage = lambda wave, s, n: convert(model, [wave], [s], of_stage[n])[0]
     for a, b, n in itertools.product([*dict.fromkeys(who)][:4], [*dict.fromkeys(who)][:4], stages):
         wave = by_stage(corpus.wave(us[who == a][0]).to(cfg.device), b, n)
-        write_audio(out / f"{corpus.speakers[a]}_as_{corpus.speakers[b]}_stage{n}.wav", wave, cfg.sample_rate)
-    names, l1 = ("real", "copy", "stage_1", "stage_2")[:2 + len(stages)], {"own": 0.0, "another": 0.0}
+        name = f"grid_{corpus.speakers[a]}_as_{corpus.speakers[b]}_stage{n}.wav"
+        write_audio(out / name, wave, cfg.sample_rate)
+    names = ("real", "copy", "stage_1", "stage_2")[:2 + len(stages)]
     total = torch.zeros(len(names), corpus.known, cfg.n_fft // 2 + 1)
     count = torch.zeros(len(names), corpus.known, 1)
     for i, (u, own) in enumerate(zip(us[:cfg.probe], who)):
-        wave = corpus.wave(u).to(cfg.device)
-        x, other = model.features(wave[None]), (own + 1 + i % (corpus.known - 1)) % corpus.known
-        for name, s in ("own", own), ("another", other):
-            y = model.decode(model.encoder(x), torch.tensor([s], device=cfg.device), x.shape[1], stage=1)
-            l1[name] += F.l1_loss(y, x).item() / len(us[:cfg.probe])
-        made = (own, wave), (own, model.vocode(x)[0]), *((other, by_stage(wave, other, n)) for n in stages)
+        wave, other = corpus.wave(u).to(cfg.device), (own + 1 + i % (corpus.known - 1)) % corpus.known
+        copy = model.vocode(model.features(wave[None]), len(wave))[0]
+        made = (own, wave), (own, copy), *((other, by_stage(wave, other, n)) for n in stages)
         for k, (s, y) in enumerate(made):
             total[k, s] += (100 * model.features(y[None])[0]).var(0, correction=0).cpu()             # (F,)
             count[k, s] += 1
@@ -494,8 +456,8 @@ def sample(model, corpus, cfg, out):
     if variance.numel():
         np.save(out / "global_variance.npy", variance.numpy())
         mean = lambda v: v.mean((1, 2)).tolist()
-        metrics |= {"l1": l1, "variance": dict(zip(names, mean(variance))), "variance_error":
-                    dict(zip(names[1:], mean((variance[1:] / variance[0]).log().abs())))}
+        metrics["variance"] = dict(zip(names, mean(variance)))
+        metrics["variance_error"] = dict(zip(names[1:], mean((variance[1:] / variance[0]).log().abs())))
     return metrics
 
 # ==================== shared: audio ====================
@@ -537,10 +499,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -553,8 +512,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -589,9 +547,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -601,8 +558,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -611,8 +567,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -649,18 +604,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -668,12 +622,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -688,8 +640,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -700,9 +651,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -711,16 +661,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -736,8 +683,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -767,7 +713,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -776,9 +721,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -802,9 +746,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -812,7 +755,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -835,11 +777,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -850,34 +791,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -897,18 +871,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -916,19 +893,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -943,32 +916,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -988,14 +955,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -1006,12 +970,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -1024,34 +987,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -1067,10 +1032,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -1079,7 +1042,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -1108,8 +1071,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

@@ -6,11 +6,10 @@ Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Re
 2021, arXiv:2104.00355.
 
 The idea. An encoder turns every 10 ms of waveform into a vector z, a recurrent network sums up all z so far
-in c, and from c the next 12 z are predicted. To predict is to pick the true one among others, not to draw
-it. WHICH others decides what is learned: against frames of other speakers it is enough to know the voice,
-against frames of the same utterance the voice alone is of no use. There is no decoder. To hear what c holds
-it is clustered into discrete units, and a decoder, trained with all else frozen, makes speech of units, F0
-and speaker; with another speaker the voice is converted.
+in c, and with c each of the next 12 z is to be picked out among others. WHICH others decides what is learned:
+against frames of other speakers it is enough to know the voice, against frames of the same utterance the
+voice alone is of no use. There is no decoder. To hear what c holds it is clustered into discrete units, and a
+decoder, trained with all else frozen, makes speech of units, F0 and speaker; another speaker converts it.
 
     wave (B, samples) -> 5 convolutions, strides 5, 4, 2, 2, 2 (TOY: 4) -> z (B, T, C), T = samples / hop
     z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T - K, K, C)
@@ -28,10 +27,9 @@ and speaker; with another speaker the voice is converted.
     W_k      model.predictors       (K C, D)          z_c, z_F0      model.units, .f0      (B, T)
     f_k      exp(score)             (.., N, N)        z_spk          decoder.speaker       (S, E)
 
-Table 2 of the paper, phone accuracy: negatives of mixed speakers 64.6 %, of the same speaker 65.5, of the
-sequence alone 65.2; and, the harmful choice, of mixed speakers without the sequence itself 57.3. 2, 4, 8,
-12, 16 steps: 28.5, 57.6, 63.6, 64.6, 63.8. Here --negatives batch, same-speaker, sequence, other-sequences,
-and --prediction-steps. (Not here: one speaker, without the sequence itself, 64.6.)
+Table 2 of the paper, phone accuracy: --negatives batch 64.6 %, same-speaker 65.5, sequence 65.2 and, the
+harmful choice, other-sequences 57.3 (not here: the speaker's other sequences, 64.6); --prediction-steps 2,
+4, 8, 12, 16: 28.5, 57.6, 63.6, 64.6, 63.8.
 
 Differs from the papers
 D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
@@ -45,43 +43,29 @@ D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate on 
     CPC, Griffin-Lim the wave. There: HiFi-GAN, its rate decaying, on 16 crops of 0.56 s.
 D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
     for those of the speaker, with which the decoder was trained.
-The papers do not say
+The papers do not say, or not to us
 U1  how many candidates there are. Here all frames of the minibatch, or of the sequence, that are k later
     than a context. Under torchrun those of one GPU, as in the paper, which had 8 with 8 sequences each.
 U2  how the encoder pads: here so that T = samples // 160.
 U3  how the losses of the K steps are joined: here by their mean.
 U4  where the GRU starts: here from zeros, in each crop and in each utterance.
 
-The log shows nats_k = log N - loss_k: 0 is chance, and N depends on --negatives; z_{t+1} and z_{t+2} share
-samples with c_t. In result.json metrics.nats are those of held-out speech; vde: share of frames of wrong
-voicing, ffe: of these and where F0 is off by over 20 %, for Griffin-Lim copies, for the resynthesis as the
-speaker himself, and with flat_f0, which shows what units say of F0. The paper reads phones from c as here;
-speakers per frame, here per utterance.
+The log shows nats_k = log N - loss_k: 0 is chance; z_{t+1} and z_{t+2} share samples with c_t. In result.json
+metrics.nats are of held-out speech; vde: share of frames of wrong voicing, ffe: of these and where F0 is off
+by over 20 %, for Griffin-Lim copies, for the speaker's own resynthesis, and for it with flat_f0, which shows
+what units say of F0. The paper reads speakers per frame, here they are read per utterance.
 
     python cpc.py                                       a toy corpus, two minutes on two CPU cores
     python cpc.py --data DIR --negatives same-speaker   any folder of audio, the paper's size, for a GPU
-    python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
+    python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
 
-Measured on CPU threads, not on a GPU. TOY's other settings, such as negatives of the sequence alone and 25
-units, were chosen by trials on seeds 0 and 1 of the toy voices. Toy corpus, seeds 0, 1, 2: phones are read
-from c in 89, 87, 88 % of frames (untrained 48, 44, 46; log-mel 91), from units in 76, 76, 73 (36, 33, 35);
-the speaker from c in 68, 69, 71 % (91, 84, 76), from units in 28, 23, 23 (62, 55, 59; chance 12). InfoNCE is
-1.34, 1.24, 1.30 nats below log N. Of conversions 96, 100, 92 % are heard as the target, none as the source;
-they keep 84 % of the phones (copies 91). VDE 19, 17, 17 % (copies 2). Phones and speaker read from c, in %,
-seed 0; EmoDB: 2000 steps, 1400 of them CPC (untrained 23, 41; log-mel 38, 91):
-          batch     same-speaker  sequence      other-sequences   2, 4, 8, 12, 16 steps, sequence
-toy       80, 100   88, 61        89, 68        75, 100
-EmoDB     35, 86    36, 86        41, 59        32, 91          24, 33, 39, 41, 41
-As in the paper, other-sequences is worst for phones and 2 steps teach next to nothing. For the EER of unseen
-speakers it is the best: 12 % on the toy (batch 21, sequence 47, untrained 35), 13 on LibriSpeech (sequence
-31, untrained 34). --score-scale 1 stays at log N for 400 of 910 steps and ends at 80 % of phones, --norm
-none at 70. Negative: on real speech training with `sequence` brings the speaker INTO c (EmoDB 41 to 59 %,
-words 52 to 65, LibriSpeech 15 to 30), and units keep 50, 48 and 21 (untrained 41, 34, 13). Of conversions
-68, 67 and 12 % are heard as the target (copies 73, 83, 62 as themselves), but units say next to nothing of
-the word (47 %, untrained 47), and on LibriSpeech the resynthesis already fails (12). On EmoDB the decoder
-takes F0 from the tokens: FFE 14, with flat_f0 33 %; elsewhere it hardly changes.
+Measured on CPU threads, toy corpus, seeds 0, 1, 2 (TOY was chosen on 0 and 1): phones are read from c in
+89, 87, 88 % of frames (untrained 48, 44, 46), the speaker from c in 68, 69, 71 %, from units in 28, 23, 23.
+As in the paper other-sequences is worst for phones: 75 %, seed 0. Negative: on EmoDB, 2000 steps, training
+brings the speaker INTO c, 41 to 59 %, and units keep 50.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -96,10 +80,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -126,9 +113,9 @@ class Config:
     steps: int = 700_000         # training steps
     lr: float = 2e-4             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
-    probe: int = 500             # utterances at most to fit the probes on, and to score them on
+    probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
     save_every: int = 5000       # steps between checkpoints
 
@@ -148,40 +135,34 @@ class Config:
 
 # The same model, narrower, at 8 kHz with a convolution less, for two CPU cores and two minutes.
 TOY = dict(sample_rate=8000, n_fft=512, win=320, hop=80, crop=10240, steps=1300, lr=2e-3, log_every=50,
-           save_every=500, probe=1500, cpc_share=0.7, channels=64, d_context=64, negatives="sequence",
-           score_scale=0.125, units=25, hidden=128)
-TARGET = "speaker"               # what convert takes: the name of a training speaker
+           save_every=500, cpc_share=0.7, channels=64, d_context=64, negatives="sequence", score_scale=0.125,
+           units=25, hidden=128)
+TARGET = "speaker"               # what convert takes: the index of a training speaker
 STRIDES = (5, 4, 2, 2, 2)        # of the encoder; a layer for each, as many as make up cfg.hop
 
 # ==================== the model ====================
-class ChannelNorm(nn.Module):
-    """D1: (B, C, T) -> each frame to mean 0 and deviation 1 over its channels, times a gain, plus a bias.
-    BatchNorm would average over time and batch, too, and so tell a frame about its future."""
-    def __init__(self, channels):
-        super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
+class ChannelNorm(nn.LayerNorm):
+    """D1: (B, C, T) -> each frame to mean 0 and deviation 1 over its channels, times a gain, plus a bias."""
     def forward(self, x):
-        return F.layer_norm(x.mT, self.gain.shape, self.gain, self.bias).mT
+        return super().forward(x.mT).mT
 
 class Encoder(nn.Sequential):
     """g_enc: wave (B, N) -> z (B, T, C), T = N // hop, at least 1: strided convolutions, kernels twice the
     strides. With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
     def __init__(self, cfg):
-        layers, Norm = [], ChannelNorm if cfg.norm == "channel" else nn.Identity
-        hops = [math.prod(STRIDES[:i]) for i in range(1, len(STRIDES) + 1)]
+        C, Norm = cfg.channels, ChannelNorm if cfg.norm == "channel" else nn.Identity
+        layers, hops = [], np.cumprod(STRIDES).tolist()
         if cfg.hop not in hops:
             raise UserError(f"--hop {cfg.hop}: no product of strides; choose from {hops}")
-        for i, stride in enumerate(STRIDES[:hops.index(cfg.hop) + 1]):
-            size = cfg.channels if i else 1, cfg.channels, 2 * stride        # U2: the padding
-            layers += [nn.Conv1d(*size, stride, padding=(stride + 1) // 2), Norm(cfg.channels), nn.ReLU()]
+        for stride in STRIDES[:hops.index(cfg.hop) + 1]:                     # U2: the padding
+            layers += [nn.Conv1d(C if layers else 1, C, 2 * stride, stride, padding=(stride + 1) // 2),
+                       Norm(C), nn.ReLU()]
         super().__init__(*layers)
         self.hop = cfg.hop
 
     def forward(self, wave):
         samples = max(1, wave.shape[1] // self.hop) * self.hop               # else T is not always N // hop
-        wave = F.pad(wave, (0, max(0, samples - wave.shape[1])))[:, :samples]
-        return super().forward(wave[:, None]).mT
+        return super().forward(F.pad(wave, (0, samples - wave.shape[1]))[:, None]).mT    # cut, or padded
 
 class Decoder(nn.Module):
     """units (B, T), F0 tokens (B, T), speaker (B,) -> log-mel (B, T, M), standardised. Their embeddings side
@@ -189,8 +170,8 @@ class Decoder(nn.Module):
     def __init__(self, cfg, n_speakers):
         super().__init__()
         e, h = cfg.d_embedding, cfg.hidden
-        sizes = cfg.units, cfg.f0_tokens, n_speakers
-        self.unit, self.f0, self.speaker = (nn.Embedding(size, e) for size in sizes)
+        self.unit, self.f0 = nn.Embedding(cfg.units, e), nn.Embedding(cfg.f0_tokens, e)
+        self.speaker = nn.Embedding(n_speakers, e)
         self.enter = nn.Conv1d(3 * e, h, 5, padding=2)
         self.blocks = nn.ModuleList(nn.Sequential(
             nn.ReLU(), nn.Conv1d(h, h, 5, padding=2 * 2 ** (i % 3), dilation=2 ** (i % 3)),
@@ -217,15 +198,16 @@ class Model(nn.Module):
             raise UserError(f"--cpc-share {cfg.cpc_share}: is a share of the steps; give 1 at most")
         if cfg.negatives == "other-sequences" and cfg.batch_size == 1:
             raise UserError("--batch-size 1: has no other sequences; raise it or choose other --negatives")
+        self.register_buffer("mean", torch.zeros(cfg.n_mels))
+        self.register_buffer("std", torch.ones(cfg.n_mels))
+        self.register_buffer("f0_mean", torch.zeros(n_speakers))
+        self.register_buffer("f0_std", torch.ones(n_speakers))
         self.encoder = Encoder(cfg)
         self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)     # g_ar; U4: from zeros
         self.predictors = nn.Linear(cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False)  # W_k
         self.decoder = Decoder(cfg, n_speakers)
         self.register_buffer("centroids", torch.zeros(cfg.units, cfg.d_context))
         self.register_buffer("fitted", torch.zeros(()))                     # 1 where they are those of this c
-        for name, size in ("mel", cfg.n_mels), ("f0", n_speakers):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
 
     def forward(self, wave):
         """(B, N) -> z (B, T, C), c (B, T, D), float32; c_t knows of z_1 .. z_t only."""
@@ -233,22 +215,19 @@ class Model(nn.Module):
         with torch.autocast(wave.device.type, enabled=False):
             return z, self.context(z)[0]
 
-    @torch.autocast("cuda", enabled=False)                                   # as in convert
+    @torch.autocast("cuda", enabled=False)                                   # as in convert: float32
     def units(self, wave):
         """(B, N) -> (B, T): which centroid is the nearest to c."""
         return assign(self.normalised(self(wave)[1]), self.centroids)[0]
 
     def normalised(self, c):
-        """(B, T, D), with cfg.normalise without what is the same throughout the utterance, or the crop:
-        much of the speaker."""
-        if not self.cfg.normalise:
-            return c
-        return (c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, unbiased=False).clamp(min=1e-5)
+        """(B, T, D), with cfg.normalise without what stays the same over T: much of the speaker."""
+        x = (c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, unbiased=False).clamp(min=1e-5)
+        return x if self.cfg.normalise else c
 
     def f0(self, wave, speaker=None):
-        """(B, N), speaker (B,) -> tokens (B, T): 0 is unvoiced, the others bins of log F0, from -2.5 to
-        2.5 of the speaker's deviations (D4). D6: without a speaker the wave's own mean, and an average
-        deviation."""
+        """(B, N), speaker (B,), or None (D6) -> tokens (B, T): 0 is unvoiced, the others bins of log F0, from
+        -2.5 to 2.5 of the speaker's deviations (D4)."""
         f0 = yin(wave, self.cfg)[:, :max(1, wave.shape[1] // self.cfg.hop)]      # (B, T) Hz
         voiced, x = f0 > 0, f0.clamp(min=1).log()
         if speaker is None:
@@ -257,24 +236,22 @@ class Model(nn.Module):
         else:
             mean, std = self.f0_mean[speaker, None], self.f0_std[speaker, None]
         bins = self.cfg.f0_tokens - 1
-        token = ((x - mean) / std + 2.5) / 5 * bins
-        return (token.long().clamp(0, bins - 1) + 1) * voiced
+        return ((((x - mean) / std + 2.5) / 5 * bins).long().clamp(0, bins - 1) + 1) * voiced
 
     def features(self, wave):
         """(B, N) -> (B, T, M): log-mel, standardised; T as of z."""
         frames = max(1, wave.shape[1] // self.cfg.hop)
-        return (log_mel(wave, self.cfg)[:, :frames] - self.mel_mean) / self.mel_std
+        return (log_mel(wave, self.cfg)[:, :frames] - self.mean) / self.std
 
-    def vocode(self, mel, samples):
-        """(B, T, M), standardised -> (B, samples), by Griffin-Lim (D5)."""
-        mel = F.pad(mel.mT, (0, 2), mode="replicate").mT                     # two frames more, for N samples
-        magnitude = mel_to_magnitude((mel * self.mel_std + self.mel_mean).exp(), self.cfg)
-        return griffin_lim(magnitude, self.cfg)[:, :samples]
+    def vocode(self, x, samples):
+        """(B, T, M) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
+        x = F.pad(x.mT, (0, 2), mode="replicate").mT                         # two frames more, for N samples
+        mel = (x * self.std + self.mean).exp()
+        return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
 
 def yin(wave, cfg):
     """(B, N) -> F0 (B, T) in Hz, 0 where unvoiced; T = 1 + N // hop, frame t centred on sample t * hop.
-    YIN (de Cheveigne & Kawahara, JASA 2002), 50 to 400 Hz, in float64: the first minimum of d' that is
-    below 0.2."""
+    YIN (de Cheveigne & Kawahara, JASA 2002), 50 to 400 Hz: the first minimum of d' below 0.2, if any."""
     W, low = math.ceil(cfg.sample_rate / 50), cfg.sample_rate // 400
     middle = 2 * W // 3              # of what is compared, x[:W] and x[tau:tau + W], where F0 is 150 Hz
     x = F.pad(wave.double(), (middle, 2 * W - middle)).unfold(1, 2 * W, cfg.hop)     # (B, T, 2 W)
@@ -288,7 +265,7 @@ def yin(wave, cfg):
     before, here, after = d[..., :-2], d[..., 1:-1], d[..., 2:]              # tau = 1 .., 2 .., 3 ..
     dip = (here < before) & (here <= after) & (here < 0.2) & (tau[1:-1] >= low)
     dip &= x.var(-1, keepdim=True) > 1e-6                                    # -60 dB of full scale
-    at = dip.int().argmax(-1, keepdim=True)                                  # the first
+    at = dip.int().argmax(-1, keepdim=True)                                  # the first, not the deepest
     before, here, after = (y.gather(-1, at) for y in (before, here, after))
     period = at + 2 + (before - after) / 2 / (before - 2 * here + after).clamp(min=1e-12)    # by a parabola
     f0 = (cfg.sample_rate / period * dip.any(-1, keepdim=True)).squeeze(-1)
@@ -307,8 +284,8 @@ def prepare(model, corpus, cfg):
             mels.append(torch.stack([mel.mean(0), mel.square().mean(0)]))
             pitch[s].append(f0[f0 > 0].log())
     mean, square = torch.stack(mels).double().mean(0)
-    model.mel_mean.copy_(mean)
-    model.mel_std.copy_((square - mean ** 2).clamp(min=1e-4).sqrt())
+    model.mean.copy_(mean)
+    model.std.copy_((square - mean ** 2).clamp(min=1e-4).sqrt())
     every = torch.cat([torch.tensor([4.6, 5.1], device=cfg.device), *itertools.chain(*pitch.values())])
     for s in range(model.n_speakers):
         x = torch.cat([every[:0], *pitch[s]])
@@ -317,10 +294,10 @@ def prepare(model, corpus, cfg):
     fit_units(model, corpus, cfg)
 
 def make_optimizers(model, cfg):
-    """One for CPC, one for the decoder."""
-    parts = model.encoder, model.context, model.predictors
-    return {"cpc": torch.optim.Adam([p for part in parts for p in part.parameters()], cfg.lr),
-            "decoder": torch.optim.AdamW(model.decoder.parameters(), cfg.lr, (0.8, 0.99))}
+    """One for CPC; and one, as in HiFi-GAN, for the decoder."""
+    cpc = nn.ModuleList([model.encoder, model.context, model.predictors])
+    return {"cpc": torch.optim.Adam(cpc.parameters(), cfg.lr, fused=True),
+            "decoder": torch.optim.AdamW(model.decoder.parameters(), cfg.lr, (0.8, 0.99), fused=True)}
 
 @torch.autocast("cuda", enabled=False)                                       # scores have no bound: float32
 def info_nce(z, c, predictors, cfg):
@@ -334,24 +311,21 @@ def info_nce(z, c, predictors, cfg):
         w, future = (x.reshape(groups, -1, C) for x in (prediction[:, :, k - 1], z[:, k:k + S]))
         score = w @ future.mT                                                # z_j W_k c_i: row i, column j
         if cfg.negatives == "other-sequences":
-            sequence = torch.arange(B, device=z.device).repeat_interleave(S)
-            own = (sequence[:, None] == sequence).fill_diagonal_(False)      # the positive stays a candidate
-            score = score.masked_fill(own, -math.inf)
+            own = torch.kron(torch.eye(B, device=z.device), 1 - torch.eye(S, device=z.device)).bool()
+            score = score.masked_fill(own, -math.inf)                        # the positive stays a candidate
         losses.append((score.logsumexp(-1) - score.diagonal(dim1=1, dim2=2)).mean())
     return torch.stack(losses), S * B // groups - (S - 1) * (cfg.negatives == "other-sequences")
 
-@torch.autocast("cuda", enabled=False)
 def assign(x, centroids):
     """(.., D) -> index of the nearest of (K, D), and the square of its distance, (..) each."""
-    d = x.square().sum(-1, keepdim=True) - 2 * x @ centroids.T + centroids.square().sum(-1)
-    best = d.min(-1)
-    return best.indices, best.values.clamp(min=0)
+    d, ids = (x.square().sum(-1, keepdim=True) - 2 * x @ centroids.T + centroids.square().sum(-1)).min(-1)
+    return ids, d.clamp(min=0)
 
 def kmeans(x, K, seed, starts=5, rounds=100):
     """x (n, D) -> centroids (K, D), and the sum of squares in each round of Lloyd's algorithm, from the best
     of some starts by k-means++ (Arthur & Vassilvitskii, SODA 2007). A cluster that has lost all its members
     moves to the point that is worst off."""
-    rng, best = np.random.default_rng(seed), None
+    rng, runs = np.random.default_rng(seed), []
     for _ in range(starts):
         centroids = x[rng.integers(len(x))][None]
         d = assign(x, centroids)[1]
@@ -368,17 +342,15 @@ def kmeans(x, K, seed, starts=5, rounds=100):
                 break
             count = ids.bincount(minlength=K)
             centroids = torch.zeros_like(centroids).index_add(0, ids, x) / count.clamp(min=1)[:, None]
-            empty = count == 0
-            centroids[empty] = x[d.topk(min(len(x), K)).indices.repeat(K)[:int(empty.sum())]]
-        if best is None or inertia[-1] < best[1][-1]:
-            best = centroids, inertia
-    return best
+            worst = d.topk(min(len(x), K)).indices.repeat(K)
+            centroids[count == 0] = x[worst[:int((count == 0).sum())]]
+        runs.append((centroids, inertia))
+    return min(runs, key=lambda run: run[1][-1])
 
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 def fit_units(model, corpus, cfg):
-    """Centroids of c (D3) of at most 500 training utterances, every 2nd, 3rd .. frame beyond 50,000 in
-    all."""
+    """Centroids of c (D3) of at most 500 training utterances, every 2nd, 3rd .. frame beyond 50,000."""
     us, frames = corpus.train[:500], []
     every = -(-int((corpus.length[us] // cfg.hop).sum()) // 50_000) or 1
     for u in us:
@@ -410,18 +382,16 @@ def cpc_step(model, optimizer, corpus, step, cfg):
     batch = get_batch(corpus, cfg, step)
     if cfg.negatives == "same-speaker":
         batch = get_batch(corpus, cfg, step, utterances=of_one_speaker(corpus, corpus.train, step, cfg))
-    z, c = model(batch["wave"])
-    loss, candidates = info_nce(z, c, model.predictors, cfg)
+    loss, candidates = info_nce(*model(batch["wave"]), model.predictors, cfg)
     optimizer.zero_grad()
     loss.mean().backward()                                                   # U3
     optimizer.step()
     model.fitted.fill_(0)                                                    # c has moved
     gain = math.log(candidates) - loss.detach()
-    gains = {f"nats_{k}": value for k, value in enumerate(gain, 1)}
-    return {"loss": loss.mean().detach(), "nats": gain.mean()} | gains
+    return {"loss": loss.mean().detach(), "nats": gain.mean(),
+            **{f"nats_{k}": value for k, value in enumerate(gain, 1)}}
 
 def decoder_step(model, optimizer, corpus, step, cfg):
-    """One step of the decoder on L1 of the mel spectrum."""
     batch = get_batch(corpus, cfg, step)
     with torch.no_grad():
         units, f0 = model.units(batch["wave"]), model.f0(batch["wave"], batch["speaker"])
@@ -453,15 +423,6 @@ def convert(model, sources, targets, cfg):
         waves.append(model.vocode(model.decoder(units, f0, speakers[target]), len(wave))[0])
     return waves
 
-def perplexity(ids):
-    """exp of the entropy of the units in use: K when all are used alike, 1 when a single one is."""
-    p = ids.unique(return_counts=True)[1] / ids.numel()
-    return torch.special.entr(p).sum().exp()
-
-def bit_rate(ids, seconds):
-    """Bits a second: symbols a second times their entropy in bits."""
-    return float(ids.numel() / seconds * math.log2(perplexity(ids)))
-
 def f0_errors(f0, truth):
     """(T,) each, Hz, 0 unvoiced -> which frames are wrong in voicing (VDE); in that or by over 20 % (FFE)."""
     voicing = (f0 > 0) != (truth > 0)
@@ -471,42 +432,39 @@ def f0_errors(f0, truth):
 def sample(model, corpus, cfg, out):
     """Writes units.txt, the units of held-out utterances, and three of these resynthesised by their own
     speaker, also with F0 flattened to the speaker's mean. Returns, of held-out speech: how far InfoNCE is
-    below log N, on average and for each k; units in use, their perplexity and bits a second; errors of F0 of
-    Griffin-Lim copies, of the resynthesis and with the flat F0."""
-    ids, nats, log_n, errors = {}, [], [], collections.defaultdict(list)
-    seconds = sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
-    for u in corpus.held[:cfg.probe]:
-        ids[u] = model.units(corpus.wave(u)[None].to(cfg.device))[0]
+    below log N; units in use, their perplexity and bits a second; errors of F0."""
+    held, nats, log_n, errors = corpus.held[:cfg.probe], [], [], collections.defaultdict(list)
+    ids = [model.units(corpus.wave(u)[None].to(cfg.device))[0] for u in held]
     (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
-                                           for u, k in ids.items()))
+                                           for u, k in zip(held, ids)))
     for i in range(8):
         chosen = np.roll(corpus.held, -i * cfg.batch_size)[:cfg.batch_size]
         if cfg.negatives == "same-speaker":
             chosen = of_one_speaker(corpus, corpus.held, i, cfg)
-        z, c = model(get_batch(corpus, cfg, i, draw=1000, utterances=chosen)["wave"])
-        loss, candidates = info_nce(z, c, model.predictors, cfg)
+        batch = get_batch(corpus, cfg, i, draw=1000, utterances=chosen)
+        loss, candidates = info_nce(*model(batch["wave"]), model.predictors, cfg)
         log_n.append(math.log(candidates))
         nats.append(log_n[-1] - loss)
     for i, u in enumerate(corpus.held[corpus.speaker[corpus.held] < model.n_speakers][:24]):
         wave = corpus.wave(u)[None, :3 * cfg.sample_rate].to(cfg.device)
         s = torch.tensor([corpus.speaker[u]], device=cfg.device)
         units, f0 = model.units(wave), model.f0(wave, s)
-        speak = lambda f0: model.vocode(model.decoder(units, f0, s), wave.shape[1])
-        waves = {"copy": model.vocode(model.features(wave), wave.shape[1]), "resynthesis": speak(f0),
-                 "flat_f0": speak((f0 > 0) * (cfg.f0_tokens // 2))}
-        for name, rebuilt in waves.items():
+        mels = {"copy": model.features(wave), "resynthesis": model.decoder(units, f0, s),
+                "flat_f0": model.decoder(units, (f0 > 0) * (cfg.f0_tokens // 2), s)}
+        for name, mel in mels.items():
+            rebuilt = model.vocode(mel, wave.shape[1])
             errors[name].append(torch.stack(f0_errors(yin(rebuilt, cfg)[0], yin(wave, cfg)[0])))
             if i < 3:
-                write_audio(out / f"{i}_{corpus.paths[u].stem}_{name}.wav", rebuilt[0], cfg.sample_rate)
-    rates = {name: torch.cat(parts, 1).float().mean(1).tolist() for name, parts in errors.items()}
-    every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
-    nats = torch.stack(nats).mean(0).tolist()
+                write_audio(out / f"resynthesis_{i}_{name}.wav", rebuilt[0], cfg.sample_rate)
+    every, nats = torch.cat(ids), torch.stack(nats).mean(0).tolist()
+    share = every.unique(return_counts=True)[1] / len(every)                 # of frames, of each unit in use
+    perplexity = torch.special.entr(share).sum().exp().item()
+    rate = len(every) / (corpus.length[held].sum() / cfg.sample_rate)        # units a second
     return {"nats": sum(nats) / len(nats), "log_n": sum(log_n) / len(log_n),
-            "nats_by_step": {f"{k}": g for k, g in enumerate(nats, 1)},
-            "units_used": len(every.unique()), "perplexity": perplexity(every).item(),
-            "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds),
-            "vde": {name: rate[0] for name, rate in rates.items()},
-            "ffe": {name: rate[1] for name, rate in rates.items()}}
+            "nats_by_step": {f"{k}": g for k, g in enumerate(nats, 1)}, "units_used": len(share),
+            "perplexity": perplexity, "bits_per_second": rate * math.log2(perplexity),
+            "vde": {name: torch.cat(parts, 1)[0].float().mean().item() for name, parts in errors.items()},
+            "ffe": {name: torch.cat(parts, 1)[1].float().mean().item() for name, parts in errors.items()}}
 
 # ==================== shared: audio ====================
 class UserError(Exception):
@@ -547,10 +505,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -563,8 +518,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -599,9 +553,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -611,8 +564,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -621,8 +573,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -659,18 +610,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -678,12 +628,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -698,8 +646,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -710,9 +657,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -721,16 +667,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -746,8 +689,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -777,7 +719,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -786,9 +727,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -812,9 +752,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -822,7 +761,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -845,11 +783,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -860,34 +797,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -907,18 +877,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -926,19 +899,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -953,32 +922,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -998,14 +961,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -1016,12 +976,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -1034,34 +993,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -1077,10 +1038,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -1089,7 +1048,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -1118,8 +1077,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

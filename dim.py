@@ -5,15 +5,14 @@ Hjelm et al., "Learning deep representations by mutual information estimation an
 arXiv:1808.06670 (DIM); --pair cross after Ravanelli and Bengio, "Learning Speaker Representations with
 Mutual Information", Interspeech 2019, arXiv:1812.00271.
 
-The idea. Show a critic an object x and an embedding y: is y that of x? The embedding is good if a critic can
-tell, and encoder and critic learn TOGETHER to tell better, with one loss. The auto-encoder is the special
-case in which the critic decodes y and scores by minus the error, so that every sample of x counts; a free
-critic asks y only for what tells x from others. The best one is a log density ratio, and the loss then bounds
-(a function of) the mutual information I of x and y. What the critic is shown decides what y keeps: the whole
-map of features, DIM(G), or each cell of it alone, DIM(L), and then what many cells SHARE: of speech the
-speaker and the channel, not the phone. CPC (cpc.py) asks which cell comes k steps LATER, and may take the
-others from the same utterance, where the voice alone is of no use; here time has no order and the others are
-other utterances. Only the matching of y to a prior is adversarial.
+The idea. Show a critic an object x and an embedding y: is y that of x? Encoder and critic learn TOGETHER to
+tell better, with one loss. The auto-encoder is the special case in which the critic decodes y and scores by
+minus the error, so that every sample of x counts; a free critic asks y only for what tells x from others.
+The best one is a log density ratio, and the loss bounds (a function of) the mutual information I of x and y.
+What the critic is shown decides what y keeps: the whole map of features, DIM(G), or each cell of it alone,
+DIM(L), and then what many cells SHARE: of speech the speaker and the channel, not the phone. CPC (cpc.py)
+asks which cell comes k steps LATER, and may take the others from the same utterance, where the voice alone is
+of no use; here time has no order and the others are other utterances. Only the prior's part is adversarial.
 
     wave (B, N) -> log-mel, each band standardised: x (B, T, M)
     x -> 3 convolutions -> local map C (B, T', D), T' = T / 4 -> 2 convolutions -> mean and deviation over
@@ -31,16 +30,15 @@ other utterances. Only the matching of y to a prior is adversarial.
     T(x, y)  critics["local"]: u      (B, B, T')      D        model.prior                 (B, 1)
              critics["global"]        (B, B, 1)       P, Q     u[match], u[~match]
 
-Differs from the papers. Of them we had abstracts, parts of the introduction, and what DIM's authors' code
-does; "there" is that code.
+Differs from the papers. Of them we had abstracts, parts of the introduction, and DIM's authors' code (there).
 D1  Speech for images: convolutions over time, a cell per 4 frames which sees 14; decoders of log-mel, judged
     by R2, there by SSIM. Most sizes are ours (U 1024; there 2048), batch and learning rate are theirs.
 D2  The dot critic's score is divided by sqrt(U); there it is not, and of order sqrt(U) from the start.
 D3  y is pooled over time: a whole utterance goes in at any length. There the map is flattened.
 D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y.
 D5  In dv and nce a y's own cells are left out by a mask; there, by a constant of -10 or so in their place.
-D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, perhaps
-    overlapping; y can use what these share. Ravanelli and Bengio pair two local vectors, and have no y.
+D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, which may overlap
+    it. Ravanelli and Bengio pair two local vectors, and have no y.
 D7  The critic of `dependency` learns by JSD; there by KL, unbounded where all rows can be told apart.
 The papers do not say, or not to us
 U1  what of two utterances of a speaker in a batch: here objects like any others, and of one GPU's batch.
@@ -52,18 +50,15 @@ prior_loss 0.69 where the prior's critic knows nothing.
 
     python dim.py                                       a toy corpus, a minute on two CPU cores
     python dim.py --data DIR --test DIR2                any folder of audio, our full size, for a GPU
-    python dim.py convert --checkpoint runs/a --source a.wav --output b.wav      what y retains of a.wav
+    python dim.py convert --checkpoint runs/a --source a.wav --output c.wav      what y retains of a.wav
 
-Measured on CPU threads, not on a GPU; TOY was chosen on seeds 0 to 2, by the same voices. Toy, these seeds:
-EER of unseen voices by `global` 16, 15, 18 % (untrained 44, 35, 42; log-mel 43), R2 of the time average of
-held-out speech 0.77, 0.75, 0.79 (untrained 0.69, 0.72, 0.70), but of unseen voices 0.67, 0.62, 0.76 (0.75,
-0.72, 0.74). `local` loses phones: 65, 65, 71 % (80, 78, 82). DIM(G), --alpha 1 --beta 0, has an R2 of 0.80 to
-0.83, unseen 0.83 to 0.85, but an EER of 44, 38, 39 %. 3 objectives, both pairs, gamma 0 and 0.1, 3 seeds,
-1000 steps of DIM: EER on LibriSpeech, one recording a speaker, 2.9 to 5.6 % (untrained 23 to 37, log-mel 26),
-on words 15 to 19 (29 to 31; 32). Negative: sigmoid(y) is uniform in no run, and `dependency` is cut at its
-ceiling in all, trained or not.
+Measured on CPU threads, not on a GPU. Toy, seeds 0 to 2, on which TOY was chosen: EER of unseen voices by
+`global` 16, 15, 18 % (untrained 44, 35, 42; log-mel 43). LibriSpeech, one recording a speaker, 1000 steps of
+DIM: 2.9 to 5.6 % (untrained 23 to 37, log-mel 26). Negative: sigmoid(y) is uniform in no run, and
+`dependency` is cut at its ceiling in all, trained or not.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -78,10 +73,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -108,7 +106,7 @@ class Config:
     steps: int = 800_000         # training steps
     lr: float = 1e-4             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
     probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
@@ -129,7 +127,7 @@ class Config:
     concat_units: int = 512      # of the concatenating critics, that of MINE included
     decoder_channels: int = 128  # of the decoders
 
-# The same model, narrower, for two CPU cores and two minutes.
+# The same model, narrower, at 8 kHz, for two CPU cores and one minute.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=6400, batch_size=32, steps=1400,
            lr=1e-3, save_every=500, infomax_share=0.3, channels=32, hidden=256, units=128, concat_units=64,
            decoder_channels=64)
@@ -142,8 +140,7 @@ def pool(h):
     return torch.cat([h.mean(1), (h.var(1, correction=0) + 1e-5).sqrt()], 1)
 
 class Encoder(nn.Module):
-    """x (B, T, M) -> the local map C (B, T', D), T' = T // 4, a cell of which sees 14 frames (D1); and from C
-    the global vector y (B, E), its last layer linear."""
+    """x (B, T, M) -> local map C (B, T', D), a cell of which sees 14 frames (D1); global vector y (B, E)."""
     def __init__(self, cfg):
         super().__init__()
         D, H = cfg.channels, cfg.hidden
@@ -157,29 +154,24 @@ class Encoder(nn.Module):
                                    nn.Linear(H, cfg.d_global))
 
     def forward(self, x):
-        T = x.shape[1]
-        if T < 4:                                                            # one cell at least: x repeated
-            x = x[:, torch.arange(4, device=x.device) % T]
-        c = self.local(x.mT)                                                 # (B, D, T')
+        t = torch.arange(max(4, x.shape[1]), device=x.device) % x.shape[1]   # one cell at least: x repeated
+        c = self.local(x[:, t].mT)                                           # (B, D, T')
         return c.mT, self.dense(pool(self.rest(c).mT)).float()
 
 class Branch(nn.Module):
-    """(.., d) -> (.., U), one side of the dot critic: a dense layer with a hidden one, beside a linear
-    shortcut that starts as the identity, and LayerNorm."""
+    """(.., d) -> (.., U), one side of the dot critic: two dense layers beside a shortcut, then LayerNorm."""
     def __init__(self, d, U):
         super().__init__()
         self.enter, self.norm, self.leave = nn.Linear(d, U, bias=False), nn.BatchNorm1d(U), nn.Linear(U, U)
         self.shortcut, self.layer_norm = nn.Linear(d, U, bias=False), nn.LayerNorm(U)
-        with torch.no_grad():
-            self.shortcut.weight.uniform_(-0.01, 0.01).fill_diagonal_(1)
+        self.shortcut.weight.data.uniform_(-0.01, 0.01).fill_diagonal_(1)    # at first nearly the identity
 
     def forward(self, x):
         h = self.norm(self.enter(x).flatten(0, -2)).relu().view(*x.shape[:-1], -1)
         return self.layer_norm(self.leave(h) + self.shortcut(x))
 
 class DotCritic(nn.Module):
-    """Encode-and-dot: cells (B, T, d) and vectors (B, e) -> u (B, B, T), where u[i, j, t] is the score of
-    vector i with cell t of object j: all pairs of a batch by one matrix product."""
+    """Encode-and-dot: cells (B, T, d), vectors (B, e) -> u (B, B, T), of vector i with cell t of object j."""
     def __init__(self, d, e, U):
         super().__init__()
         self.cell, self.vector = Branch(d, U), Branch(e, U)
@@ -190,8 +182,7 @@ class DotCritic(nn.Module):
         return torch.einsum("iu,jtu->ijt", y, c) / c.shape[-1] ** 0.5        # D2
 
 class ConcatCritic(nn.Module):
-    """Concatenate-and-convolve, (B, T, d) and (B, e) -> u (B, B, T) as above. A dense layer of [cell, vector]
-    is a sum of one of each: the first is computed B T + B times, not B B T."""
+    """Concatenate-and-convolve, likewise. Its first layer, a sum, is computed B T + B times, not B B T."""
     def __init__(self, d, e, H):
         super().__init__()
         self.cell, self.vector = nn.Linear(d, H), nn.Linear(e, H, bias=False)
@@ -233,11 +224,8 @@ class Model(nn.Module):
         self.register_buffer("std", torch.ones(cfg.n_mels))
         self.encoder, self.control = Encoder(cfg), Encoder(cfg).requires_grad_(False)
         Critic, width = (DotCritic, cfg.units) if cfg.critic == "dot" else (ConcatCritic, cfg.concat_units)
-        self.critics = nn.ModuleDict()
-        if cfg.beta:
-            self.critics["local"] = Critic(D, E, width)
-        if cfg.alpha:
-            self.critics["global"] = Critic(2 * D, E, width)                 # D4: the object is C, pooled
+        objects = ("local", D, cfg.beta), ("global", 2 * D, cfg.alpha)       # D4: the latter is C, pooled
+        self.critics = nn.ModuleDict({level: Critic(d, E, width) for level, d, weight in objects if weight})
         self.prior = discriminator(E)
         self.decoder, self.control_decoder = Decoder(cfg), Decoder(cfg)
 
@@ -251,36 +239,32 @@ class Model(nn.Module):
         return self.features(wave)[:, :self.cfg.crop // self.cfg.hop]
 
     def vocode(self, x, samples):
-        """(B, T, M) -> (B, samples), by Griffin-Lim."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, to cut from
+        """(B, T, M) -> (B, samples): undoes `features`, with phases by Griffin-Lim."""
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
 
 # ==================== the objective ====================
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every mel band, over at most 5000 utterances; and the
-    control becomes what the encoder is."""
+    """Before the first step: mean and deviation of every mel band, over at most 5000 utterances."""
     n, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
         x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()    # (T, M)
         n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
     model.mean.copy_(total / n)
     model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-2).sqrt())
-    model.control.load_state_dict(model.encoder.state_dict())
+    model.control.load_state_dict(model.encoder.state_dict())                # the encoder as it is untrained
 
 def make_optimizers(model, cfg):
-    """One for encoder and critics, which work TOGETHER, as encoder and decoder do; the prior's critic works
-    against the encoder and has its own; one for the two decoders."""
+    """Encoder and critics work TOGETHER, the prior's critic against the encoder; the decoders only listen."""
     adam = lambda *nets: torch.optim.Adam([p for net in nets for p in net.parameters()], cfg.lr, fused=True)
     return {"encoder": adam(model.encoder, model.critics), "prior": adam(model.prior),
             "decoder": adam(model.decoder, model.control_decoder)}
 
-@torch.autocast("cuda", enabled=False)
 def bound(u, objective):
-    """u (B, B, T), the score of vector i with cell t of object j, matching where i = j -> the bound, which is
-    to be raised, and its ceiling; for dv, which has none, log of how many do not match: more than a batch
-    can show. Zero where the critic knows nothing: u = 0."""
+    """u (B, B, T), scores of vector i with cell t of object j, matching where i = j -> the bound, which is to
+    be raised, and its ceiling; for dv, which has none, log of how many do not match, the most it can show."""
     B, T = u.shape[1:]
     match = torch.eye(B, dtype=torch.bool, device=u.device)                  # U1: no look at who speaks
     p, q = u[match], u[~match]                                               # (B, T), (B (B - 1), T)
@@ -316,7 +300,7 @@ def scores(model, x, cfg):
     objects = {"local": c, "global": pool(c)[:, None]}
     return {level: critic(objects[level], y) for level, critic in model.critics.items()}, y
 
-def examples(model, corpus, step, cfg, draw=0, utterances=None):
+def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """-> x (B, T, M), with --pair cross (2 B, T, M): crops of a batch, then other crops of the same."""
     batch = get_batch(corpus, cfg, step, draw, utterances)
     x = model.crops(batch["wave"])
@@ -329,13 +313,12 @@ def train_step(model, optimizers, corpus, step, cfg):
     """One step of encoder and critics, and before it one of the prior's critic; at last of the decoders."""
     if step >= max(1, round(cfg.infomax_share * cfg.steps)):
         return decoder_step(model, optimizers["decoder"], corpus, step, cfg)
-    u, y = scores(model, examples(model, corpus, step, cfg), cfg)
-    loss, log = 0, {}
-    for level, weight in ("local", cfg.beta), ("global", cfg.alpha):
-        if weight:
-            value, ceiling = bound(u[level], cfg.objective)
-            loss = loss - weight * value
-            log |= {level: value.detach(), f"{level}_ceiling": torch.full_like(value, ceiling)}
+    u, y = scores(model, segments(model, corpus, cfg, step), cfg)
+    weight, loss, log = {"local": cfg.beta, "global": cfg.alpha}, 0, {}
+    for level in u:
+        value, ceiling = bound(u[level], cfg.objective)
+        loss = loss - weight[level] * value
+        log |= {level: value.detach(), f"{level}_ceiling": torch.full_like(value, ceiling)}
     if cfg.gamma:
         q = y.sigmoid()
         critic_loss = prior_critic_loss(model.prior, torch.rand_like(q), q.detach(), cfg.penalty)
@@ -371,8 +354,7 @@ def represent(model, wave, cfg):
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) -> waves (N,): what y retains of each crop's length of the source, decoded. No target can be
-    given: there is one vector, not two."""
+    """Waves (N,) -> waves (N,): what y retains of each crop's length of the source, decoded. No targets."""
     waves, frames = [], cfg.crop // cfg.hop
     for wave in sources:
         x = model.features(wave[None])[0]                                    # (T, M)
@@ -381,7 +363,6 @@ def convert(model, sources, targets, cfg):
         waves.append(model.vocode(model.decoder(y).flatten(0, 1)[None, :len(x)], len(wave))[0])
     return waves
 
-@torch.no_grad()
 def retrieve(model, corpus, cfg, out):
     """Ranks held-out utterances, those of training speakers included, by the cosine of their centred vectors
     to that of an utterance of corpus.test. Writes the five nearest to and farthest from one of each of four
@@ -389,23 +370,22 @@ def retrieve(model, corpus, cfg, out):
     test, us = corpus.test, corpus.test.held[:cfg.probe]
     rows = [(test, u) for u in us] + [(corpus, u) for u in corpus.held[:cfg.probe] if test is not corpus]
     who = torch.tensor([c.speaker[u] for c, u in rows])
-    same, found = (who[:len(us), None] == who).fill_diagonal_(False), {}
-    vectors = {"log_mel": lambda x: x.mean(1), "untrained": lambda x: model.control(x)[1],
-               "global": lambda x: model.encoder(x)[1]}
-    for name, vector in vectors.items():
-        y = torch.cat([vector(model.features(c.wave(u)[None].to(cfg.device))) for c, u in rows])
+    same, found, lines = (who[:len(us), None] == who).fill_diagonal_(False), {}, []
+    nets = {"log_mel": lambda x: (x, x.mean(1)), "untrained": model.control, "global": model.encoder}
+    for name, net in nets.items():
+        y = torch.cat([net(model.features(c.wave(u)[None].to(cfg.device)))[1] for c, u in rows])
         y = F.normalize(y - y.mean(0), dim=1)
-        cosine = (y[:len(us)] @ y.T).cpu().fill_diagonal_(-2)                # last of all: the query itself
-        found[name] = same.gather(1, cosine.argmax(1, keepdim=True)).float().mean().item()
-    lines = []
-    for n, i in enumerate(int((who == s).nonzero()[0]) for s in who[:len(us)].unique()[:4]):
-        ranked = cosine[i].argsort(descending=True)[:-1].tolist()
-        for kind, js in ("query", [i]), ("nearest", ranked[:5]), ("farthest", ranked[::-1][:5]):
+        cosine = (y[:len(us)] @ y.T).cpu().fill_diagonal_(2)                 # first of all: the query itself
+        ranked = cosine.argsort(1, descending=True)
+        found[name] = same.gather(1, ranked[:, :2]).any(1).float().mean().item()
+    for n, i in enumerate(np.unique(who[:len(us)], return_index=True)[1][:4]):
+        order = ranked[i].tolist()
+        for kind, js in ("query", order[:1]), ("nearest", order[1:6]), ("farthest", order[:0:-1][:5]):
             for k, j in enumerate(js):
                 c, u = rows[j]
                 name = f"retrieval_{n}_{kind}_{k}_{c.speakers[c.speaker[u]]}.wav"
                 write_audio(out / name, c.wave(u), cfg.sample_rate)
-                lines.append(f"{name} {c.paths[u].stem} {cosine[i, j]:.3f}\n")
+                lines.append(f"{name} {c.paths[u].stem} {cosine[i, j].clamp(max=1):.3f}\n")
     (out / "retrieval.txt").write_text("".join(lines))
     return found | {"chance": same.float().sum(1).mean().item() / max(1, len(rows) - 1)}
 
@@ -419,8 +399,7 @@ def train_critic(critic, gain, n, cfg):
         optimizer.step()
 
 def mine(x, y, x_held, y_held, size, cfg):
-    """Rows x (n, d), y (n, e) -> nats of I(x; y): DV, on batches of held-out rows, of a new critic trained on
-    it, and the ceiling."""
+    """Rows x (n, d), y (n, e) -> nats of I(x; y): DV of a new critic on batches of held-out rows; ceiling."""
     critic = ConcatCritic(x.shape[1], y.shape[1], cfg.concat_units).to(cfg.device)
     judge = lambda x, y: bound(critic(x[:, None], y), "dv")
     train_critic(critic, lambda i: judge(x[i], y[i])[0], len(x), cfg)
@@ -432,9 +411,8 @@ def shuffled(y):
     return y.gather(0, torch.rand_like(y).argsort(0))
 
 def dependency(y, y_held, cfg):
-    """Neural dependency measure, rows (n, E): the nats by which the columns depend on one another (their
-    total correlation): DV of a new critic that tells held-out rows from shuffled ones (D7), cut at the
-    ceiling, log of the number of these; and the ceiling."""
+    """Neural dependency measure, rows (n, E) -> nats of total correlation of the columns: DV of a new critic
+    that tells held-out rows from shuffled ones (D7), cut at log of the number of these; and this ceiling."""
     critic = discriminator(y.shape[1]).to(cfg.device)
     train_critic(critic, lambda i: -prior_critic_loss(critic, y[i], shuffled(y[i]), 0.0), len(y), cfg)
     many = shuffled(y_held.repeat(8, 1))
@@ -446,10 +424,9 @@ def batch_of(utterances, i, cfg):
     size = max(2, min(cfg.batch_size, len(utterances)))
     return np.resize(np.roll(utterances, -i * size), size)
 
-def gather(model, corpus, utterances, count, cfg):
-    """`count` batches of crops -> x (n, T, M), {"untrained", "global": y (n, E)}."""
-    batches = (get_batch(corpus, cfg, i, 2000, batch_of(utterances, i, cfg)) for i in range(count))
-    xs = [model.crops(batch["wave"]) for batch in batches]
+def gather(model, corpus, us, count, cfg):
+    """`count` batches of crops of us -> x (n, T, M), {"untrained", "global": y (n, E)}."""
+    xs = [model.crops(get_batch(corpus, cfg, i, 2000, batch_of(us, i, cfg))["wave"]) for i in range(count)]
     nets = {"untrained": model.control, "global": model.encoder}
     return torch.cat(xs), {name: torch.cat([net(x)[1] for x in xs]) for name, net in nets.items()}
 
@@ -464,29 +441,25 @@ def explained(x, rebuilt):
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """There is no p(x | y) to draw from. What there is: retrieval; crops of test utterances as decoded from
-    the frozen y, from the untrained one, and from another utterance's (permuted); and, where the law of y is
-    the prior, decoded draws of the prior. Returns the share of nearest neighbours of the same speaker; of
-    held-out utterances the bound, MINE, the dependency of the dimensions of y, and R2 of the decoders, this
-    also of --test; of training crops, how far mean and variance of sigmoid(y) are from the prior's."""
+    """There is no p(x | y) to draw from. What there is: retrieval; test crops decoded from the frozen y, the
+    untrained one and another utterance's (permuted); and, where the law of y is the prior, draws of it. All
+    figures are of held-out speech, R2 also of --test; only the prior is compared with y of training."""
     torch.manual_seed(cfg.seed)
-    metrics, values = {"nearest": retrieve(model, corpus, cfg, out)}, collections.defaultdict(list)
-    for i in range(8):
-        x = examples(model, corpus, i, cfg, 1000, batch_of(corpus.held, i, cfg))
-        for level, u in scores(model, x, cfg)[0].items():
-            for name, value in zip((level, f"{level}_ceiling"), bound(u, cfg.objective)):
-                values[name].append(float(value))
-    metrics["bound"] = {name: sum(v) / len(v) for name, v in values.items()}
+    metrics = {"nearest": retrieve(model, corpus, cfg, out), "bound": {}, "mine": {}, "dependency": {}}
+    batches = [segments(model, corpus, cfg, i, 1000, batch_of(corpus.held, i, cfg)) for i in range(8)]
+    us = [scores(model, x, cfg)[0] for x in batches]
+    for level in model.critics:
+        values, ceilings = zip(*(bound(u[level], cfg.objective) for u in us))
+        metrics["bound"] |= {level: sum(map(float, values)) / len(us), f"{level}_ceiling": ceilings[0]}
 
     x, ys = gather(model, corpus, corpus.train, 128, cfg)
     x_held, ys_held = gather(model, corpus, corpus.held, 16, cfg)
-    middle, size, metrics["mine"], metrics["dependency"] = x.shape[1] // 2, len(x_held) // 16, {}, {}  # U2
+    x, x_held, size = x[:, x.shape[1] // 2], x_held[:, x.shape[1] // 2], len(x_held) // 16       # U2: (n, M)
     for name, y in ys.items():
         mean, std = y.mean(0), y.std(0).clamp(min=1e-5)
         y, y_held = (y - mean) / std, (ys_held[name] - mean) / std
-        for measure, found in (("mine", mine(x[:, middle], y, x_held[:, middle], y_held, size, cfg)),
-                               ("dependency", dependency(y, y_held, cfg))):
-            metrics[measure] |= dict(zip((name, "ceiling"), found))
+        metrics["mine"][name], metrics["mine"]["ceiling"] = mine(x, y, x_held, y_held, size, cfg)
+        metrics["dependency"][name], metrics["dependency"]["ceiling"] = dependency(y, y_held, cfg)
 
     q = ys["global"].sigmoid()
     off = {"mean": (q.mean(0) - 0.5).abs().max().item(), "variance": (q.var(0) - 1 / 12).abs().max().item()}
@@ -547,10 +520,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -563,8 +533,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -599,9 +568,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -611,8 +579,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -621,8 +588,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -659,18 +625,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -678,12 +643,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -698,8 +661,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -710,9 +672,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -721,16 +682,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -746,8 +704,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -777,7 +734,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -786,9 +742,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -812,9 +767,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -822,7 +776,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -845,11 +798,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -860,34 +812,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -907,18 +892,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -926,19 +914,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -953,32 +937,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -998,14 +976,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -1016,12 +991,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -1034,34 +1008,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -1077,10 +1053,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -1089,7 +1063,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -1118,8 +1092,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

@@ -8,10 +8,9 @@ Training", Interspeech 2018, arXiv:1804.03201.
 The idea. An utterance is cut into segments of 20 frames, and a variational auto-encoder gives each two
 latents. z1 has one prior for all segments. The prior of z2 is narrow and stands about mu2, a vector that
 the segments of ONE utterance share: what stays the same costs little there, so speaker and channel go to
-z2, the rest to z1. Nothing yet keeps the mu2 of all utterances from being the same, so z2 has to tell,
-besides, which utterance it is from. No speaker label is used. mu2, the "s-vector", has a closed form for an
-utterance never seen; to convert, z2 is moved from one mu2 to another. (Beware: z1 is the SEGMENT, z2 the
-SEQUENCE; one of the authors' two programs has the names the other way round.)
+z2, the rest to z1. Lest all utterances share one mu2, z2 has to tell, besides, which utterance it is from.
+No speaker label is used. mu2, the "s-vector", has a closed form for an utterance never seen; to convert, z2
+is moved from one mu2 to another. (Beware: z1 is the SEGMENT, z2 the SEQUENCE; the earlier code swaps them.)
 
     wave (B, N) -> log magnitude of the linear spectrum, each bin standardised: x (B, T = 20, F)
     x     -> LSTM -> mean m2, log variance l2 (B, d2);  z2 = m2 + exp(l2 / 2) * noise
@@ -27,93 +26,52 @@ SEQUENCE; one of the authors' two programs has the names the other way round.)
     conversion z2 + mu2(target) - mu2(source), z1 as it is; a segment from every frame on gives its last frame
 
 Hierarchical sampling (2018), for more utterances than a table can hold. A pass: draw K utterances; fill the
-table with their closed forms, from random segments; train, the table too, on as many fresh random segments,
-with the row in the table for a label; then draw again. With K (--sequences) of at least the number of
-utterances it is, in essence, the training of 2017: one row each, random at first, learned throughout.
+table with their closed forms, from random segments; train, the table too, on as many fresh ones, each with
+its row for a label. With K (--sequences) of at least the number of utterances it is, in essence, the
+training of 2017: one row each, random at first, learned throughout.
 
     symbol        here                    shape        symbol       here            shape or value
     q(z2 | x)     model.z2_encoder        (B, d2)      M            model.table     (K, d2)
-    q(z1 | x,z2)  model.z1_encoder        (B, d1)      N            segments, n     (K,), (B,)
+    q(z1 | x,z2)  model.z1_encoder        (B, d1)      N            counts, n       (K,), (B,)
     p(x | z1,z2)  model.decoder           (B, T, F)    alpha        cfg.alpha       10
     B segments, T frames of each, L frames of an utterance, F bins, d1 and d2 sizes of z1 and z2, K rows;
     N is the number of segments of a sequence, but in a wave (B, N) that of samples
 
-Differs from the papers. Of the papers we had the abstracts, slides on them and what their two
-published programs do, not the text; sizes, weights and schedule are those of the later program, K of its
-TIMIT example.
-D1  The log variance of x is at least -6 (a twentieth of a bin's deviation). There: unbounded, so that in
-    digital silence the likelihood is, too.
-D2  201 linear bins (there an option beside 80 mel bands); Hann window; magnitude at least 1e-5; deviation
-    of a bin at least 0.01; no pre-emphasis, which all but adds a constant to each bin that standardising
-    takes away. There: Hamming, e^-50, no limit, 0.97.
+Differs from the papers, of which we had the abstracts, slides and what their two published programs do, not
+the text; sizes, weights and schedule are those of the later program, K of its TIMIT example.
+D1  Log variance of x at least -6. There: unbounded, so that in digital silence the likelihood is, too.
+D2  201 linear bins (there an option beside 80 mel bands), Hann window, magnitude at least 1e-5, deviation of
+    a bin at least 0.01, no pre-emphasis: standardising all but undoes it. There: Hamming, e^-50, none, 0.97.
 D3  Segments of training are cut from the waveform, with a margin, so that no frame sees an edge (in whole
     utterances the first and last do); an utterance shorter than that crop is repeated. There: from the
     spectrogram; utterances shorter than a segment are discarded.
-D4  A number of steps, the last of which is kept. There: at most 500,000, until the bound on a development
-    set has not risen for ten times 5000, and the best is kept.
+D4  The last of --steps steps is kept. There: the best, at most 500,000, until the bound on a development
+    set has not risen for ten times 5000.
 D5  `represent` gives z1 at the MEAN of z2, conversion uses the means of both. The earlier program samples.
-D6  Cosines are of vectors centred on the test set; LDA goes to 24 dimensions or one less than there are
-    training speakers, where the paper has 12 and 24, and adds 0.001 of the mean variance to the diagonal;
-    the baseline is the mean log-mel, not i-vectors.
+D6  Cosines are of vectors centred on the test set; LDA is regularised and goes to at most 24 dimensions
+    (paper: 12 and 24); the baseline is the mean log-mel, not i-vectors.
 D7  Griffin-Lim with momentum, 60 rounds. There: up to 1000 plain ones; the later program makes no audio.
-Not known to us from the papers
+The papers do not say, or not to us
 U1  How the LSTMs start: here Xavier, biases 0, forget gates 1.
-U2  mu1, "the s-vector of z1", is by the same formula, as in the earlier program, though z1 has no such
-    prior.
+U2  mu1, "the s-vector of z1": the same formula, as in the earlier program, though z1 has no such prior.
 
-The log shows log_px, kl_z1, kl_z2, log_pmu2 and the bound in nats a segment, and log_qy, of which minus ln
-of the rows in use is chance. A model that knows nothing has a log_px of -5704 (20 frames of 201 bins, a
-unit Gaussian; toy, 101 bins: -2866). In result.json metrics.bound is the same of test segments, metrics.eer
-the paper's table for this alpha, metrics.grid the share of the cells (z1 of one segment, z2 of another)
-that, encoded again, are nearest to what they were made of; metrics.log_spectral_distance in dB to the clean
-utterance, with white noise at 10 dB. The claim of 2017: mu2 tells unseen speakers apart far better than
-mu1, and better with a larger alpha.
+The log shows the bound and its terms in nats a segment, and log_qy, of which minus ln of the rows in use is
+chance. A model that knows nothing has a log_px of -5704 (20 frames of 201 bins, a unit Gaussian; toy, 101
+bins: -2866). In result.json metrics.eer is the paper's table for this alpha, metrics.log_spectral_distance
+in dB to the clean utterance, with white noise at 10 dB. The claim of 2017: mu2 tells unseen speakers apart
+far better than mu1, and better with a larger alpha.
 
     python fhvae.py                                     a toy corpus, two and a half minutes on two CPU cores
     python fhvae.py --data DIR --test DIR2              any folder of audio, the authors' size, for a GPU
     python fhvae.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
 
-Measured on CPU threads, not on a GPU, at TOY's size: one layer of 128 in each LSTM, z1 of 24, a table of
-256; its sizes and steps were chosen while looking at seed 0 of the toy voices. Equal error rates in % of
-speakers never heard (LibriSpeech: 51, Arabic words: 6, toy: 4), raw and after LDA, which is told the
-training speakers (200, 18, 8); seed 0, 4000 steps, toy 3200; "no": the untrained model (apart, but for raw
-mu2). LibriSpeech has one recording a speaker here, so the channel helps.
-                             mu2                          mu1               log-mel
-    alpha          10    1   0.1    0    no      10    1   0.1    0    no
-    LibriSpeech   5.4  7.9   8.8  8.6  24.2    28.7 20.5  19.6 19.8  22.2      26.4
-      after LDA   5.1  6.4   6.8  6.1  11.2    18.3 12.7  13.9 13.2  11.0       5.9
-    words        17.7 18.9  18.9 19.0  26.6    33.9 30.7  29.5 32.0  29.2      31.7
-      after LDA  16.6 18.9  18.1 19.4  25.1    31.2 24.1  24.2 26.3  27.8      19.6
-    toy          20.6 15.9     - 12.8  44.6    48.0 41.5     - 37.5  43.5      43.4
-      after LDA  16.3 15.0     - 16.3  22.9    41.2 31.2     - 30.5  34.5      15.7
-The paper's order: mu2 is far below mu1 everywhere, and below log-mel without labels; of the alphas 10
-stands out, on LibriSpeech (seeds 0, 1, 2: 5.4, 5.4, 6.1, with alpha 0 8.6, 8.8, 8.1; mu1 28.7, 30.1, 30.8
-and 19.8, 17.4, 17.1) and a little on words (seeds 0, 1: 17.7, 17.6 and 19.0, 20.2), the others do not
-differ. Against the untrained model training takes the speaker out of mu1 with alpha 10, with a smaller one
-often puts it in. After LDA log-mel is about as good as mu2. On the toy corpus (seeds 1, 2: 23.0, 21.0)
-alpha makes the raw mu2 WORSE: perhaps it learns what tells these eight voices apart. The z2 encoder taught
-with the speakers' labels in place of all this has 16 to 20 % there (apart, in no result.json). At 16 kHz,
-201 bins, LibriSpeech has 5.1 and 3.0 % (mu1 24.9 and 11.5, log-mel 22.5 and 4.6). The mean of z1 at every 8
-frames, the row `z1` of the table, says more of the speaker than mu1: 20.5, 13.9, 14.4, 13.2 % on
-LibriSpeech, 21.0 untrained.
-Toy, seeds 0, 1, 2: the speaker is read from z1 in 72, 66, 70 % (untrained 88, 91, 93; chance 12.5), with
---alpha 0 in 89 %, from mu2 in 99, 99, 100 % (untrained 91 to 92, log-mel 97); phones from z1 in 86, 79, 82
-% (untrained 43 to 45), but from z2 too, in 74, 75, 72 % (50 to 51). Conversions are heard as the target in
-71, 96, 67 %, as the source in 17, 4, 4 % (--alpha 0: 79 and 12; reconstructions as themselves in 75, 92,
-71), and keep the phone in 79, 75, 77 % of the frames (copies 89 to 90). With --sequences 2000, the training
-of 2017, z2 is hardly used at this budget (3.7 nats; 40 else): the speaker is read from z1 in 98 %, and 8 %
-are heard as the target, 83 % as the source. Adam's moments of the table outlive a refill, as the authors';
-setting them to 0 changed little (EER 17.8 for 17.6 %, an earlier toy configuration, apart). Real speech
-converts poorly: LibriSpeech 17 % as the target of 51, 0 % as the source (reconstructions 29, copies 58 % as
-themselves; at 16 kHz 29, 4, 54 and 88 %); words 29 and 38 % (88 and 88), where neither latent tells the
-word (50 and 49 %; chance 46, log-mel 50).
-Noise (white, 10 dB, none in training) is not removed: toy 25.1 dB from the clean one, rebuilt 25.9,
-converted 22.3; LibriSpeech 24.0, 24.0, 17.5; words 29.8, 28.7, 21.9; but the mean spectrum, a constant, has
-17.9, 17.2, 16.4 (apart), a clean one rebuilt 6.3, 6.9, 6.9. A smaller alpha does better (LibriSpeech 15.2
-with 1). A step of the authors' size, K = 2000, takes 1.17 s on one thread (tests/bench.py): 99 % the
-networks, 0.3 % ln q(y|m2).
+Measured on CPU threads at TOY's size, seed 0. LibriSpeech, 51 speakers never heard, one recording each, so
+the channel helps: EER of mu2 5.4 % (alpha 0: 8.6, untrained 24.2, log-mel 26.4), of mu1 28.7 (19.8; 22.2);
+after LDA log-mel is as good as mu2. Toy, four such speakers: alpha makes mu2 WORSE, 20.6 % (alpha 0: 12.8);
+71 % of conversions are heard as the target, 17 % as the source.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -128,10 +86,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -158,7 +119,7 @@ class Config:
     steps: int = 500_000         # training steps
     lr: float = 1e-3             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
     probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
@@ -172,7 +133,7 @@ class Config:
     d_z2: int = 32               # size of z2 and of mu2
     shift: int = 8               # frames from segment to segment where they are counted, and in `represent`
 
-# The same model, narrower, one layer each, at 8 kHz, for two CPU cores and two and a half minutes.
+# The same model, narrower, at 8 kHz, for two CPU cores and two minutes; chosen by trial, on seed 0.
 TOY = dict(sample_rate=8000, n_fft=200, win=200, hop=80, n_mels=40, crop=1840, batch_size=64, steps=3200,
            save_every=500, sequences=256, hidden=128, layers=1, d_z1=24)
 TARGET = "recording"             # what convert takes: any recording of the target speaker
@@ -184,8 +145,8 @@ class Encoder(nn.Module):
     latent, from what an LSTM holds in ALL its layers after the last frame."""
     def __init__(self, cfg, size, d):
         super().__init__()
-        self.lstm = lstm(size, cfg)
-        self.mu, self.log_var = (linear(cfg.layers * cfg.hidden, d) for _ in range(2))
+        self.lstm = xavier(nn.LSTM(size, cfg.hidden, cfg.layers, batch_first=True))
+        self.mu, self.log_var = (xavier(nn.Linear(cfg.layers * cfg.hidden, d)) for _ in range(2))
 
     def forward(self, x, z=None):
         if z is not None:
@@ -199,8 +160,8 @@ class Decoder(nn.Module):
     input, both latents; nothing of its output is fed back."""
     def __init__(self, cfg, bins):
         super().__init__()
-        self.lstm = lstm(cfg.d_z1 + cfg.d_z2, cfg)
-        self.mu, self.log_var = (linear(cfg.hidden, bins) for _ in range(2))
+        self.lstm = xavier(nn.LSTM(cfg.d_z1 + cfg.d_z2, cfg.hidden, cfg.layers, batch_first=True))
+        self.mu, self.log_var = (xavier(nn.Linear(cfg.hidden, bins)) for _ in range(2))
 
     def forward(self, z1, z2, frames):
         h = self.lstm(torch.cat([z1, z2], -1)[:, None].expand(-1, frames, -1))[0]    # (B, T, H)
@@ -233,14 +194,11 @@ class Model(nn.Module):
         z2 = self.z2_encoder(x)[0]
         return self.z1_encoder(x, z2)[0], z2
 
-    def tiles(self, x):
-        """x (L, F) -> segments (n, T, F) end to end; frames that fill no segment are left out."""
-        T = segment_frames(self.cfg)
-        return self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device))
-
     def summary(self, x):
-        """x (L, F) -> mu1 (d1,), U2, and mu2 (d2,), the s-vector: closed forms over segments end to end."""
-        z1, z2 = self.encode(self.tiles(x))
+        """x (L, F) -> mu1 (d1,), U2, and mu2 (d2,), the s-vector: closed forms over segments end to end;
+        frames at the end that fill no segment are left out."""
+        T = segment_frames(self.cfg)
+        z1, z2 = self.encode(self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device)))
         return closed_form(z1.sum(0), len(z1)), closed_form(z2.sum(0), len(z2))
 
     def rebuild(self, x, shift=0):
@@ -254,9 +212,9 @@ class Model(nn.Module):
         return torch.cat(frames)[:len(x)]
 
     def vocode(self, x, samples):
-        """(L, F) -> (samples,), at most hop L: undoes `features`, with phases by Griffin-Lim (D7)."""
-        x = F.pad((x * self.std + self.mean).T, (0, 1), mode="replicate").T  # one more, for the last samples
-        return griffin_lim(x.exp()[None], self.cfg)[0, :samples]
+        """(B, L, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D7)."""
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
+        return griffin_lim((x * self.std + self.mean).exp(), self.cfg)[:, :samples]
 
 def segment_frames(cfg):
     """T: frames of a crop whose window lies inside it (D3), 20 of 3680 samples; UserError if none."""
@@ -269,23 +227,30 @@ def log_magnitude(wave, cfg):
     """(B, N) -> (B, L, F): natural log of the linear magnitude, at least 1e-5 (D2)."""
     return stft(wave, cfg).abs().clamp(min=1e-5).log()
 
-def lstm(size, cfg):
-    """U1: Xavier, biases 0, but 1 for the forget gates (they come second of i, f, g, o)."""
-    net = nn.LSTM(size, cfg.hidden, cfg.layers, batch_first=True)
+def xavier(net):
+    """U1: Xavier, biases 0, but 1 for the forget gates of an LSTM (they come second of i, f, g, o)."""
     for name, p in net.named_parameters():
         nn.init.xavier_uniform_(p) if p.dim() == 2 else nn.init.zeros_(p)
         if name.startswith("bias_ih"):
-            nn.init.ones_(p[cfg.hidden:2 * cfg.hidden])
-    return net
-
-def linear(size, d):
-    """A dense layer that begins as the authors': Xavier, bias 0."""
-    net = nn.Linear(size, d)
-    nn.init.xavier_uniform_(net.weight)
-    nn.init.zeros_(net.bias)
+            nn.init.ones_(p[len(p) // 4:len(p) // 2])
     return net
 
 # ==================== the objective ====================
+@torch.no_grad()
+def prepare(model, corpus, cfg):
+    """Before the first step: mean and deviation of every bin, over 5000 utterances at most; a pass."""
+    n, total, squares = 0, 0, 0
+    for u in corpus.train[:5000]:
+        x = log_magnitude(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()      # (L, F)
+        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+    model.mean.copy_(total / n)
+    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())      # D2
+    begin_pass(model, corpus, cfg, 0, 0)
+
+def make_optimizers(model, cfg):
+    """One for the networks and the table; both betas are the authors'."""
+    return {"autoencoder": torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.95, 0.999), fused=True)}
+
 def log_normal(x, mu, log_var):
     """log N(x; mu, exp(log_var)), elementwise."""
     return -0.5 * (math.log(2 * math.pi) + log_var + (x - mu).square() / log_var.exp())
@@ -319,32 +284,17 @@ def objective(model, x, y, n, table):
     terms["log_qy"] = log_posterior(m2, table).gather(1, y[:, None])[:, 0]   # of the MEAN of z2
     return terms
 
-@torch.no_grad()
-def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every bin over the training utterances; the first pass."""
-    n, total, squares = 0, 0, 0
-    for u in corpus.train:
-        x = log_magnitude(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()      # (L, F)
-        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
-    model.mean.copy_(total / n)
-    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())      # D2
-    begin_pass(model, corpus, cfg, 0, 0)
-
-def make_optimizers(model, cfg):
-    """One for the networks and the table; beta1 is the authors'."""
-    return {"model": torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.95, 0.999), fused=True)}
-
 @functools.lru_cache(maxsize=1)
 def draw_pass(corpus, cfg, number):
-    """-> sequences (K,), the utterance of each row of the table in this pass; segments (K,), N of each;
+    """-> sequences (K,), the utterance of each row of the table in this pass; counts (K,), N of each;
     order: every row N times, shuffled. A function of (seed, number) alone."""
     rng, U = np.random.default_rng((cfg.seed, number, 2 ** 31)), len(corpus.train)  # not a key of get_batch
     sequences = corpus.train if cfg.sequences >= U else rng.choice(corpus.train, cfg.sequences, replace=False)
     frames = 1 + corpus.length[sequences] // cfg.hop
-    segments = (frames - segment_frames(cfg)).clip(0) // cfg.shift + 1
-    return sequences, segments, rng.permutation(np.repeat(np.arange(len(sequences)), segments))
+    counts = (frames - segment_frames(cfg)).clip(0) // cfg.shift + 1
+    return sequences, counts, rng.permutation(np.repeat(np.arange(len(sequences)), counts))
 
-def draw_segments(model, corpus, cfg, step, draw, utterances):
+def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """x (n, T, F): a segment from a random place of each of the n utterances."""
     x, T = model.features(get_batch(corpus, cfg, step, draw, utterances)["wave"]), segment_frames(cfg)
     margin = (x.shape[1] - T) // 2
@@ -352,38 +302,38 @@ def draw_segments(model, corpus, cfg, step, draw, utterances):
 
 @torch.no_grad()
 def begin_pass(model, corpus, cfg, number, step):
-    """Hierarchical sampling: the rows of the table pass on to other sequences, each with the closed form of
-    its mu2, from N random segments. A table with a row for every sequence stays: random, then learned."""
+    """Hierarchical sampling: each row of the table passes on to another sequence, with the closed form of its
+    mu2; Adam's moments stay, as the authors'. A table with a row for every sequence is never refilled."""
     model.progress.copy_(torch.tensor([number, step]))
-    sequences, segments, _ = draw_pass(corpus, cfg, number)
+    sequences, counts, _ = draw_pass(corpus, cfg, number)
     if cfg.sequences < len(corpus.train):
-        total, rows = torch.zeros_like(model.table), np.repeat(np.arange(len(sequences)), segments)
+        total, rows = torch.zeros_like(model.table), np.repeat(np.arange(len(sequences)), counts)
         for i in range(0, len(rows), 2048):                                  # draw 0 is train_step's
             y = rows[i:i + 2048]
-            m2 = model.z2_encoder(draw_segments(model, corpus, cfg, step, 1 + i, sequences[y]))[0]
+            m2 = model.z2_encoder(segments(model, corpus, cfg, step, 1 + i, sequences[y]))[0]
             total.index_add_(0, torch.from_numpy(y).to(cfg.device), m2)
-        model.table.copy_(closed_form(total, torch.from_numpy(segments).to(cfg.device)[:, None]))
+        model.table.copy_(closed_form(total, torch.from_numpy(counts).to(cfg.device)[:, None]))
         if dist.is_initialized():                                     # every GPU drew its own: the average
             dist.all_reduce(model.table.div_(WORLD))
 
 @torch.autocast("cuda", enabled=False)           # LSTMs and long sums in float32: --bf16 does nothing here
 def train_step(model, optimizers, corpus, step, cfg):
-    """One step on -(bound + alpha ln q(y | m2)): the next batch of the pass, or the first of a new one."""
+    """One of --steps (D4) on -(bound + alpha ln q(y | m2)): the next batch of the pass, or of a new one."""
     number, first = model.progress.tolist()
     if (step - first + 1) * WORLD * cfg.batch_size > len(draw_pass(corpus, cfg, number)[2]):
         number, first = number + 1, step
         begin_pass(model, corpus, cfg, number, first)
-    sequences, segments, order = draw_pass(corpus, cfg, number)
+    sequences, counts, order = draw_pass(corpus, cfg, number)
     if WORLD * cfg.batch_size > len(order):
         raise UserError(f"{len(order)} segments fill no batch; lower --batch-size or raise --sequences")
     rows = order[((step - first) * WORLD + RANK) * cfg.batch_size:][:cfg.batch_size]
-    x = draw_segments(model, corpus, cfg, step, 0, sequences[rows])
-    y, n = (torch.from_numpy(v).to(cfg.device) for v in (rows, segments[rows]))
+    x = segments(model, corpus, cfg, step, 0, sequences[rows])
+    y, n = (torch.from_numpy(v).to(cfg.device) for v in (rows, counts[rows]))
     terms = objective(model, x, y, n, model.table[:len(sequences)])
     loss = -(terms["bound"] + cfg.alpha * terms["log_qy"]).mean()
-    optimizers["model"].zero_grad()
+    optimizers["autoencoder"].zero_grad()
     loss.backward()
-    optimizers["model"].step()
+    optimizers["autoencoder"].step()
     return {"loss": loss.detach(), **{name: term.detach().mean() for name, term in terms.items()}}
 
 # ==================== what it is good for ====================
@@ -406,7 +356,7 @@ def convert(model, sources, targets, cfg):
         x, shift = model.features(wave[None])[0], 0
         if target is not None:
             shift = model.summary(model.features(target[None])[0])[1] - model.summary(x)[1]
-        waves.append(model.vocode(model.rebuild(x, shift), len(wave)))
+        waves.append(model.vocode(model.rebuild(x, shift)[None], len(wave))[0])
     return waves
 
 def lda(x, speaker):
@@ -416,8 +366,7 @@ def lda(x, speaker):
     means = torch.stack([x[y == s].mean(0) for s in range(y.max() + 1)])     # (S, D)
     within = (x - means[y]).T @ (x - means[y]) / len(x)                      # D6: kept away from singular
     within += (1e-3 * within.diagonal().mean() + 1e-6) * torch.eye(len(within)).to(within)
-    variance, axes = torch.linalg.eigh(within)
-    whiten = axes * variance.rsqrt()                                         # x @ whiten: covariance 1 within
+    whiten = torch.linalg.cholesky(within).inverse().T                       # x @ whiten: covariance 1 within
     directions = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)[2]
     return (whiten @ directions[:min(24, len(means) - 1)].T).float()
 
@@ -441,19 +390,18 @@ def denoise(model, pool, cfg, out):
     clean utterance: of the noisy one, of both as the model rebuilds them, and of the conversion."""
     us, table, generator = pool.held[:16], collections.defaultdict(list), torch.Generator().manual_seed(0)
     for u in us:
-        others = pool.held[pool.held != u]
-        same = others[pool.speaker[others] == pool.speaker[u]]
-        clean, other = (pool.wave(i).to(cfg.device) for i in (u, [*same, *others, u][0]))
+        other = min(pool.held, key=lambda i: (i == u, pool.speaker[i] != pool.speaker[u]))
+        clean, target = (pool.wave(i).to(cfg.device) for i in (u, other))
         noise = torch.randn(len(clean), generator=generator).to(cfg.device)
         noisy = clean + noise * clean.std() * 10 ** (-10 / 20)
-        x, y, z = (model.features(wave[None])[0] for wave in (clean, noisy, other))
+        x, y, z = (model.features(wave[None])[0] for wave in (clean, noisy, target))
         made = {"noisy": y, "noisy_rebuilt": model.rebuild(y), "clean_rebuilt": model.rebuild(x),
                 "denoised": model.rebuild(y, model.summary(z)[1] - model.summary(y)[1])}
         for name, made_x in made.items():
             decibel = (made_x - x) * model.std * 20 / math.log(10)           # (L, F)
             table[name].append(decibel.square().mean(1).sqrt().mean().item())
         if u == us[0]:
-            done = model.vocode(made["denoised"], len(clean))
+            done = model.vocode(made["denoised"][None], len(clean))[0]
             for name, wave in {"clean": clean, "noisy": noisy, "denoised": done}.items():
                 write_audio(out / f"noise_{name}.wav", wave, cfg.sample_rate)
     return {name: sum(values) / len(values) for name, values in table.items()}
@@ -462,37 +410,21 @@ def denoise(model, pool, cfg, out):
 def sample(model, corpus, cfg, out):
     """Writes speech from the prior, prior_I.wav; rows of the grid, grid_I.wav: z1 of the middle segment of
     test utterance I with z2 of those of utterances 0, 1, 2, 3; and what `denoise` does. Returns what `verify`
-    and `denoise` say; terms of the bound, by which the authors stop (D4), in nats, mean over the segments of
-    test utterances; and the share of the cells of a grid of at most 16 by 16 that, encoded again, are nearest
-    to the z1, and to the z2, that they were made of."""
-    pool, T, generator, bound = corpus.test, segment_frames(cfg), torch.Generator().manual_seed(0), []
+    and `denoise` say."""
+    T, generator, speech = segment_frames(cfg), torch.Generator().manual_seed(0), {}
     normal = lambda *shape: torch.randn(shape, generator=generator).to(cfg.device)
-    features = lambda u: model.features(pool.wave(u)[None].to(cfg.device))[0]
-
-    def speak(name, x):                                                      # (n, T, F), one after another
-        wave = model.vocode(x.flatten(0, 1), cfg.hop * T * len(x))
-        write_audio(out / name, wave, cfg.sample_rate)
     for i in range(3):                                                       # ten segments of one mu2
         z2 = normal(cfg.d_z2) + VARIANCE ** 0.5 * normal(10, cfg.d_z2)
-        speak(f"prior_{i}.wav", model.decoder(normal(10, cfg.d_z1), z2, T)[0])
-
-    xs = [features(u) for u in pool.held[:16]]
+        speech[f"prior_{i}.wav"] = model.decoder(normal(10, cfg.d_z1), z2, T)[0]
+    xs = [model.features(corpus.test.wave(u)[None].to(cfg.device))[0] for u in corpus.test.held[:4]]
     middle = [model.cut(x, torch.tensor([max(len(x) - T, 0) // 2], device=x.device)) for x in xs]
-    (z1, z2), n = model.encode(torch.cat(middle)), len(xs)
-    cells = model.decoder(z1.repeat_interleave(n, 0), z2.repeat(n, 1), T)[0]         # (n n, T, F)
-    for i, row in enumerate(cells.unflatten(0, (n, n))[:4, :4]):
-        speak(f"grid_{i}.wav", row)
-    near1, near2 = (torch.cdist(a, b).argmin(1).view(n, n) for a, b in zip(model.encode(cells), (z1, z2)))
-    index = torch.arange(n, device=cfg.device)
-    grid = {"z1": near1 == index[:, None], "z2": near2 == index}
-    for x in map(features, pool.held[:cfg.probe]):
-        segments, mu2 = model.tiles(x), model.summary(x)[1]
-        y = torch.zeros(len(segments), dtype=torch.int64, device=x.device)   # a table of one row
-        bound.append(objective(model, segments, y, len(segments), mu2[None]))
-    names = ("bound", "log_px", "kl_z1", "kl_z2", "log_pmu2")
-    return {"eer": verify(model, corpus, cfg), "log_spectral_distance": denoise(model, pool, cfg, out),
-            "bound": {name: torch.cat([b[name] for b in bound]).mean().item() for name in names},
-            "grid": {name: hit.float().mean().item() for name, hit in grid.items()} | {"chance": 1 / n}}
+    z1, z2 = model.encode(torch.cat(middle))                                 # (4, d1), (4, d2)
+    for i in range(len(xs)):
+        speech[f"grid_{i}.wav"] = model.decoder(z1[i].expand(len(xs), -1), z2, T)[0]
+    for name, x in speech.items():                                           # (n, T, F), one after another
+        wave = model.vocode(x.flatten(0, 1)[None], cfg.hop * T * len(x))[0]
+        write_audio(out / name, wave, cfg.sample_rate)
+    return {"eer": verify(model, corpus, cfg), "log_spectral_distance": denoise(model, corpus.test, cfg, out)}
 
 # ==================== shared: audio ====================
 class UserError(Exception):
@@ -533,10 +465,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -549,8 +478,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -585,9 +513,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -597,8 +524,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -607,8 +533,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -645,18 +570,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -664,12 +588,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -684,8 +606,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -696,9 +617,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -707,16 +627,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -732,8 +649,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -763,7 +679,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -772,9 +687,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -798,9 +712,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -808,7 +721,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -831,11 +743,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -846,34 +757,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -893,18 +837,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -912,19 +859,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -939,32 +882,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -984,14 +921,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -1002,12 +936,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -1020,34 +953,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -1063,10 +998,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -1075,7 +1008,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -1104,8 +1037,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

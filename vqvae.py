@@ -6,10 +6,9 @@ Chorowski, Weiss, Bengio, van den Oord, "Unsupervised Speech Representation Lear
 Autoencoders", 2019, arXiv:1901.08810. Other bottlenecks: Jang, Gu, Poole, 2017, arXiv:1611.01144.
 
 The idea. An auto-encoder whose bottleneck is one integer per 20 ms: the encoder's latent is replaced by the
-nearest of K learned codes. The decoder is strong and autoregressive, needs little help with the detail of the
-waveform, and is given the speaker for free. So the narrow code stream carries what it cannot guess:
-something like phones. An argmin has no gradient, so the decoder's gradient at the code is copied to the
-latent. Converting a voice is decoding the same codes with another speaker.
+nearest of K learned codes. The decoder is strong, autoregressive and given the speaker for free, so the
+narrow code stream carries what it cannot guess: something like phones. An argmin has no gradient: the latent
+gets that of its code from the decoder. Converting a voice is decoding its codes with another speaker.
 
     wave (B, N) -> MFCC (B, N / 160, 39) -> Encoder -> z (B, T', D) -> nearest code: ids, z_q (B, T', D)
     z_q -> jitter -> three codes wide (B, T', 128), speaker (B, S) -> repeated 320 times
@@ -18,21 +17,20 @@ latent. Converting a voice is decoding the same codes with another speaker.
     L = -log p(x | z_q(x), speaker) + |sg[z_e(x)] - e|^2 + beta |z_e(x) - sg[e]|^2       Eq. (3), 1711.00937
     N_i <- g N_i + (1-g) n_i,  m_i <- g m_i + (1-g) sum_j z_ij,  e_i = m_i / N_i     A.1, for its 2nd term
 
-    paper       here                   shape              paper          here            shape
+    symbol      here                   shape              symbol         here            shape
     z_e(x)      z                      (B, T', D)         z (an index)   ids             (B, T')
     z_q(x)      z_q                    (B, T', D)         beta           cfg.beta        0.25
     e           bottleneck.e           (K, D)             gamma          cfg.decay       0.99
     N_i, m_i    bottleneck.N, .M       (K,), (K, D)
 
-Differs from the papers
+Differs from the papers. Of 1901.08810 we had later work and implementations, not the text.
 D1  The encoder's convolutions, and its output before the projection to D, are batch-normalised, on each GPU
-    by its own batch, without scale or shift (so the convolutions' biases do nothing). With the last only,
-    the residual sums grew from 0.4 to 114 (standard deviation) in the toy run; with all, from 1.6 to 2.8.
+    by its own batch, no scale or shift. With the last alone the residual sums grew from 0.4 to 114 (toy run).
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
 D4  Codes by moving averages, in 1711.00937 a variant (A.1); --codebook gradient is the 2nd term of L.
 D5  No Polyak average of the weights for evaluation: one set of weights to read and to save.
-The papers do not say (of 1901.08810 we had later work and implementations, not the text)
+The papers do not say, or not to us
 U1  MFCC: 80 Slaney bands of the magnitude, 25 ms, no pre-emphasis; differences over 5 frames; standardised.
 U2  Edges of a crop: silence before and after; the differences repeat the edge frame.
 U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
@@ -42,24 +40,21 @@ U6  How one-hot and binary codes are kept in use: KL of their average to uniform
 U7  How many steps the halvings of the learning rate belong to: a million; with fewer, in proportion.
 
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
-perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers; data_share, the
-part of the time spent in get_batch. result.json has the nats also with another utterance's codes, with the
-average code and with a wrong speaker, each of which should cost; perplexity over the held-out speech, K at
-most; bits a second. That discretising drops the speaker is row `encoder` against `codes`.
+perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers. result.json has
+the nats also with another utterance's codes, their average and a wrong speaker, each of which should cost;
+perplexity over held-out speech, K at most; bits a second. Row `encoder` against `codes`: is the speaker gone?
 
     python vqvae.py                                  a toy corpus, two minutes on two CPU cores
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
-    python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output b.wav
+    python vqvae.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
 
 Measured on 2 CPU threads. Toy corpus, 850 steps, seeds 0, 1, 2: from `encoder` to `codes` speaker accuracy
-falls from 69 to 46, 71 to 53, 68 to 35 %, phone accuracy from 89 to 76, 89 to 76, 91 to 78 %. The control
---bottleneck none keeps 81 % of the speaker; binary codes drop it (74 to 30 %), one-hot codes do not (48 to
-58 %), and their encoder learned little. Another utterance's codes cost 2.2 to 2.8 nats a sample, a wrong
-speaker 0.09 to 0.15; what is heard is too noisy to judge. Digits, six real speakers, 6000 steps: a wrong
-speaker costs 0.95 nats, 62 % of conversions are heard as the target, 4 % as the source, but codes keep the
-speaker (96 to 94 %), whom level and noise also tell. Not measured: the paper's size; anything on a GPU.
+falls from 69 to 46, 71 to 53, 68 to 35 %, phone accuracy from 89 to 76, 89 to 76, 91 to 78 %. Digits, 6000
+steps: 62 % of conversions are heard as the target, but codes keep the speaker (96 to 94 %). Not measured:
+the paper's size; anything on a GPU.
 """
 import argparse
+import base64
 import collections
 import contextlib
 import functools
@@ -74,10 +69,13 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -104,7 +102,7 @@ class Config:
     steps: int = 1_000_000       # training steps
     lr: float = 4e-4             # learning rate of Adam
     seed: int = 0                # of weights, batches and noise
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
     bf16: bool = True            # bfloat16 autocast on CUDA
     probe: int = 1500            # utterances at most to fit the probes on, and to score them on
     log_every: int = 100         # steps between log lines
@@ -129,7 +127,7 @@ class Config:
     depth: int = 10              # WaveNet: layers in a cycle, dilations 1, 2, 4 .. 512, 1901.08810
     temperature: float = 1.0     # of sampling
 
-# The same model, narrower and at 8 kHz, for two CPU cores and two minutes; its beta was chosen by trial.
+# The same model, narrower, at 8 kHz, for two CPU cores and two minutes; beta was chosen by trial.
 TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1920, batch_size=8, steps=850,
            lr=3e-3, log_every=50, save_every=250, codes=64, beta=0.01, decay=0.95, tau_rate=3e-3,
            channels=128, d_condition=32, residual=32, skip=64, cycles=1, depth=8)
@@ -165,25 +163,22 @@ class VectorQuantizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        learn = cfg.codebook == "gradient"                                   # D4
-        self.e = nn.Parameter(torch.randn(cfg.codes, cfg.d_code), requires_grad=learn)
+        self.e = nn.Parameter(torch.randn(cfg.codes, cfg.d_code), requires_grad=cfg.codebook == "gradient")
         self.register_buffer("N", torch.ones(cfg.codes))                 # moving averages: latents of a code,
         self.register_buffer("M", self.e.detach().clone())                   # and their sum
 
     def forward(self, z, tau=None):
-        with torch.autocast(z.device.type, enabled=False):               # bfloat16 distances pick other codes
-            z = z.float()
-            ids = (self.e.square().sum(1) - 2 * z @ self.e.T).argmin(-1)     # Eq. (1); |z|^2 changes nothing
-            e = self.e[ids]                                                  # Eq. (2)
-            loss = self.cfg.beta * F.mse_loss(z, e.detach())                 # commitment: e is not pulled
-            if self.cfg.codebook == "gradient":
-                loss = loss + F.mse_loss(e, z.detach())                      # Eq. (3): z is not pulled
-            # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples of a crop. Ours is
-            # their mean, so this is divided by their number too; often seen, a mean over D, is 80 times that.
-            loss = loss * self.cfg.d_code / self.cfg.crop
-            if self.training:
-                self.update(z.detach().flatten(0, 1), ids.flatten())    # the decoder sees the old e
-            return straight_through(e, z), ids, loss
+        ids = (self.e.square().sum(1) - 2 * z @ self.e.T).argmin(-1)         # Eq. (1); |z|^2 changes nothing
+        e = self.e[ids]                                                      # Eq. (2)
+        loss = self.cfg.beta * F.mse_loss(z, e.detach())                     # commitment: e is not pulled
+        if self.cfg.codebook == "gradient":                                  # D4
+            loss = loss + F.mse_loss(e, z.detach())                          # Eq. (3): z is not pulled
+        # U3: Eq. (3) adds |.|^2, a sum over D, to the log-likelihood of ALL samples of a crop. Ours is their
+        # mean, so this is divided by their number too; often seen, a mean over D, is 80 times that.
+        loss = loss * self.cfg.d_code / self.cfg.crop
+        if self.training:
+            self.update(z.detach().flatten(0, 1), ids.flatten())             # the decoder sees the old e
+        return straight_through(e, z), ids, loss
 
     @torch.no_grad()
     def update(self, z, ids):
@@ -200,16 +195,13 @@ class VectorQuantizer(nn.Module):
             total, eps = self.N.sum(), self.cfg.smoothing
             self.e.copy_(self.M / ((self.N + eps) / (total + K * eps) * total)[:, None])
         share = self.N.mean()
-        dead = self.N < self.cfg.revive * share
-        self.N.copy_(torch.where(dead, share, self.N))      # D2: all three, or the next M / N undoes it
-        self.M.copy_(torch.where(dead[:, None], random * share, self.M))
-        self.e.copy_(torch.where(dead[:, None], random, self.e))
+        dead = self.N < self.cfg.revive * share                # D2: all three, or the next M / N undoes it
+        self.N[dead], self.M[dead], self.e[dead] = share, random[dead] * share, random[dead]
 
     @torch.no_grad()
     def start(self, z):
         """e <- K of the latents z (n, D), N <- the share of a code in a batch, M <- N e: a code without
-        latents then stays where it is until D2 moves it. (From N = 0, M = e, as often seen, the first update
-        throws it some 1 / smoothing times as far.)"""
+        latents then stays until D2 moves it (N = 0, as often seen, throws it 1 / smoothing times as far)."""
         self.e.copy_(z[torch.randperm(len(z), device=z.device)[:self.cfg.codes]])
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.N.fill_(world * self.cfg.batch_size * self.cfg.crop / (2 * self.cfg.hop * self.cfg.codes))
@@ -223,13 +215,12 @@ class OneHot(nn.Module):
         self.e = nn.Linear(cfg.codes, cfg.d_code, bias=False)
 
     def forward(self, z, tau=None):
-        with torch.autocast(z.device.type, enabled=False):
-            a = self.logits(z.float())                                       # (B, T', K)
-            y = F.gumbel_softmax(a, tau) if self.training else a.softmax(-1)
-            ids = y.argmax(-1)                                               # no noise outside training
-            loss = self.cfg.usage * kl_to_uniform(a.softmax(-1).mean((0, 1)))
-            # U6: hard codes also in training; 1711.00937 reports that the decoder inverts soft ones
-            return self.e(straight_through(F.one_hot(ids, self.cfg.codes).float(), y)), ids, loss
+        a = self.logits(z)                                                   # (B, T', K)
+        y = F.gumbel_softmax(a, tau) if self.training else a.softmax(-1)
+        ids = y.argmax(-1)                                                   # no noise outside training
+        loss = self.cfg.usage * kl_to_uniform(a.softmax(-1).mean((0, 1)))
+        # U6: hard codes also in training; 1711.00937 reports that the decoder inverts soft ones
+        return self.e(straight_through(F.one_hot(ids, self.cfg.codes).float(), y)), ids, loss
 
 class Binary(nn.Module):
     """log2 K bits, rounded up, a sigmoid cut at .5, straight-through; the code is a linear map of them."""
@@ -239,12 +230,11 @@ class Binary(nn.Module):
         self.cfg, self.logits, self.e = cfg, nn.Linear(cfg.d_code, bits), nn.Linear(bits, cfg.d_code)
 
     def forward(self, z, tau=None):
-        with torch.autocast(z.device.type, enabled=False):
-            p = self.logits(z.float()).sigmoid()                             # (B, T', log2 K)
-            bits, mean = p > 0.5, p.mean((0, 1))
-            ids = (bits * 2 ** torch.arange(bits.shape[-1], device=z.device)).sum(-1)
-            loss = self.cfg.usage * kl_to_uniform(torch.stack([mean, 1 - mean], -1)).sum()
-            return self.e(2 * straight_through(bits.float(), p) - 1), ids, loss
+        p = self.logits(z).sigmoid()                                         # (B, T', log2 K)
+        bits, mean = p > 0.5, p.mean((0, 1))
+        ids = (bits * 2 ** torch.arange(bits.shape[-1], device=z.device)).sum(-1)
+        loss = self.cfg.usage * kl_to_uniform(torch.stack([mean, 1 - mean], -1)).sum()
+        return self.e(2 * straight_through(bits.float(), p) - 1), ids, loss
 
 class Nothing(nn.Identity):
     """The plain auto-encoder, the control of the claim that discretising drops the speaker."""
@@ -272,9 +262,9 @@ def inverse_mu_law(y):
     f = 2 * y.float() / 255 - 1
     return f.sign() * (256 ** f.abs() - 1) / 255
 
-class WaveNet(nn.Module):
-    """p(y_t | y_<t, condition) over 256 levels: dilated causal convolutions of kernel 2 (U4), gated, with
-    residuals and skips. Channels come last, and a convolution is a matrix product with [h_{t-d}, h_t]."""
+class Decoder(nn.Module):
+    """A WaveNet: p(y_t | y_<t, condition) over 256 levels, by dilated causal convolutions of kernel 2 (U4),
+    gated, with residuals and skips. Channels last: a convolution is a product with [h_{t-d}, h_t]."""
     def __init__(self, cfg, d_condition):
         super().__init__()
         self.cfg, R, S = cfg, cfg.residual, cfg.skip
@@ -304,11 +294,11 @@ class WaveNet(nn.Module):
         return self.output(skip / L ** 0.5)
 
 class Model(nn.Module):
-    """Encoder, bottleneck and WaveNet, and the mean and deviation of the MFCC."""
+    """Encoder, bottleneck and decoder, and the mean and deviation of the MFCC."""
     def __init__(self, cfg, n_speakers):
         super().__init__()
         if cfg.crop % (2 * cfg.hop):
-            raise UserError(f"--crop {cfg.crop}: must be a multiple of the {2 * cfg.hop} samples of a code")
+            raise UserError(f"--crop {cfg.crop}: no multiple of a code's {2 * cfg.hop} samples; give one")
         self.cfg, self.n_speakers = cfg, n_speakers
         self.register_buffer("mean", torch.zeros(39))
         self.register_buffer("std", torch.ones(39))
@@ -316,13 +306,18 @@ class Model(nn.Module):
         kinds = {"vq": VectorQuantizer, "onehot": OneHot, "binary": Binary, "none": Nothing}
         self.bottleneck = kinds[cfg.bottleneck](cfg)
         self.context = nn.Conv1d(cfg.d_code, cfg.d_condition, 3, padding=1)
-        self.decoder = WaveNet(cfg, cfg.d_condition + n_speakers)
+        self.decoder = Decoder(cfg, cfg.d_condition + n_speakers)
+
+    def features(self, wave):
+        """(B, N) -> x (B, T, 39), T = N // hop: MFCC, standardised."""
+        return (mfcc(wave, self.cfg) - self.mean) / self.std
 
     def encode(self, wave, tau=None):
         """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), loss; silence follows up to a whole T'."""
         wave = F.pad(wave, (0, -wave.shape[1] % (2 * self.cfg.hop)))
-        z = self.encoder((mfcc(wave, self.cfg) - self.mean) / self.std)
-        return z, *self.bottleneck(z, tau)
+        z = self.encoder(self.features(wave))
+        with torch.autocast(z.device.type, enabled=False):               # bfloat16 distances pick other codes
+            return z, *self.bottleneck(z.float(), tau)
 
     def condition(self, z_q, speaker):
         """z_q (B, T', D), speaker (B,) -> (B, T', C): a code with its neighbours, and the speaker one-hot."""
@@ -338,44 +333,37 @@ class Model(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 class Sampler:
-    """The WaveNet in O(layers) a sample. Each layer's u = W_now h_t + W_past h_{t-d} + V_l c + b: one product
-    with h gives the first two (W, 4R columns), and the second waits d steps in a ring. One product with the
-    gate (V) gives skip and residual, added to state = [sum of the skips, h]. Scalings are in the weights: 1/2
-    of sigmoid(b) = (1 + tanh(b / 2)) / 2, as one tanh serves both halves of a gate; the skips' L^-1/2; the
-    residual's s = 2^-1/2, as state holds h / s^l. In numpy on a CPU, where torch spends its time on overhead;
-    in torch on a GPU, where a CUDA graph saves launching kernels: so all state, even t, is in tensors."""
+    """Decoder.forward one sample at a time, in O(layers): a ring of d inputs gives each layer its h_{t-d}. In
+    numpy on a CPU, where torch spends its time on overhead; in torch on a GPU, where a CUDA graph saves
+    launching kernels: so all state, even t, is in tensors."""
     def __init__(self, net, condition, hop, xp):
         """condition (B, T', C), each row for hop samples; xp: the module numpy or torch."""
         self.R, self.S, self.B, self.hop, self.xp = net.cfg.residual, net.cfg.skip, len(condition), hop, xp
-        R, S, L, s = self.R, self.S, len(net.dilations), 0.5 ** 0.5
         self.ours = ours = lambda x: xp.asarray(x.detach().contiguous())
         bias = torch.stack([dilated.bias for dilated in net.dilated])            # (L, 2R)
-        half = bias.new_tensor([1.0] * R + [0.5] * R)                        # of tanh(b / 2)
-        now = (net.condition(condition).unflatten(-1, bias.shape) + bias) * half
-        self.now, self.embed = ours(now.permute(1, 2, 0, 3)), ours(F.pad(net.embed.weight, (S, 0)))
-        self.layers = []
-        for l, (d, dilated, mix) in enumerate(zip(net.dilations, net.dilated, net.mix)):
-            past, present = dilated.weight.T.split(R)
-            W = torch.cat([present * half, past * half], 1) * s ** l
-            scale = bias.new_tensor([L ** -0.5] * S + [s ** -l] * R)
-            V, v = (F.pad(x, (0, S + R - len(mix.bias))) * scale for x in (mix.weight.T / 2, mix.bias))
-            self.layers.append([ours(x) for x in (now.new_zeros(d, self.B, 2 * R), W, V, v)])
+        v = net.condition(condition).unflatten(-1, bias.shape) + bias            # (B, T', L, 2R)
+        self.v, self.embed = ours(v.permute(1, 2, 0, 3)), ours(net.embed.weight)
+        self.layers = [[ours(x) for x in (v.new_zeros(d, self.B, self.R), W.weight.T, V.weight.T, V.bias)]
+                       for d, W, V in zip(net.dilations, net.dilated, net.mix)]
         self.head = [ours(x) for linear in net.output[1::2] for x in (linear.weight.T, linear.bias)]
-        self.t, self.device = ours(now.new_zeros(1, dtype=torch.long)) if xp is torch else 0, now.device
+        self.t, self.device = ours(v.new_zeros(1, dtype=torch.long)) if xp is torch else 0, v.device
 
     def step(self, y):
         """y (B,): the previous samples -> logits (B, 256) of the next."""
-        R, S, t, xp = self.R, self.S, self.t, self.xp
-        state, now = self.embed[y], self.now[t // self.hop].reshape(-1, self.B, 2 * R)
-        h = state[:, S:]                                           # a view: it moves on with the state
-        for l, (ring, W, V, v) in enumerate(self.layers):
-            u, slot = h @ W, t % len(ring)                                   # (B, 4R)
-            gate = xp.tanh(u[:, :2 * R] + ring[slot].reshape(self.B, 2 * R) + now[l])
-            ring[slot] = u[:, 2 * R:]                                        # only after it was read
-            state += gate[:, :R] * (1 + gate[:, R:]) @ V + v
+        R, S, L, t, xp = self.R, self.S, len(self.layers), self.t, self.xp
+        h, skip, v = self.embed[y], 0, self.v[t // self.hop].reshape(L, self.B, 2 * R)
+        for l, (ring, W, V, bias) in enumerate(self.layers):
+            slot = t % len(ring)
+            u = xp.concatenate([ring[slot].reshape(h.shape), h], -1) @ W + v[l]  # (B, 2R)
+            ring[slot] = h                                                       # only after it was read
+            a, b = u[:, :R], u[:, R:]
+            m = xp.tanh(a) * (0.5 + 0.5 * xp.tanh(0.5 * b)) @ V + bias       # sigmoid(b), and no overflow
+            skip = skip + m[:, :S]
+            if l < L - 1:
+                h = (h + m[:, S:]) * 0.5 ** 0.5
         self.t += 1
         P, p, Q, q = self.head
-        return (state[:, :S].clip(0) @ P + p).clip(0) @ Q + q
+        return ((skip / L ** 0.5).clip(0) @ P + p).clip(0) @ Q + q
 
     def run(self, steps, temperature):
         """-> (B, steps) int64. argmax(logits + T * Gumbel noise) is a draw from softmax(logits / T)."""
@@ -419,22 +407,18 @@ def prepare(model, corpus, cfg):
     x = torch.stack([mfcc(get_batch(corpus, cfg, 0, draw=1 + i)["wave"], cfg) for i in range(n)])
     model.mean.copy_(x.mean((0, 1, 2)))
     model.std.copy_(x.std((0, 1, 2)) + 1e-5)
-    # the norms get the plain mean over these batches, since evaluate scores the untrained model as a control
-    norms = [module for module in model.train().modules() if isinstance(module, nn.BatchNorm1d)]
-    for norm in norms:
-        norm.momentum = None
-    z = [model.encoder((batch - model.mean) / model.std) for batch in x]
-    for norm in norms:
-        norm.momentum = 0.1
+    x, encoder = (x - model.mean) / model.std, model.train().encoder         # (n, B, T, 39)
     if cfg.bottleneck == "vq":
-        model.bottleneck.start(torch.cat(z).flatten(0, 1))
+        model.bottleneck.start(torch.cat([encoder(batch) for batch in x]).flatten(0, 1))
+    torch.optim.swa_utils.update_bn(x, encoder)               # for the untrained model, which is scored too
 
 def make_optimizers(model, cfg):
-    """D5: the optimizer's weights are the ones that are used."""
-    return {"autoencoder": torch.optim.Adam([p for p in model.parameters() if p.requires_grad], cfg.lr)}
+    """One, for all that has a gradient. D5: its weights are the ones that are used."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return {"autoencoder": torch.optim.Adam(learned, cfg.lr, fused=True)}
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """A step on L of Eq. (3), 1711.00937v2, whose 2nd term is there with --codebook gradient only, D4."""
+    """One step on L of Eq. (3), 1711.00937v2, whose 2nd term is there with --codebook gradient only, D4."""
     batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
     for group in optimizer.param_groups:                              # halved at 400k, 600k, 800k steps, U7
         group["lr"] = cfg.lr * 0.5 ** sum(step >= share * cfg.steps for share in (0.4, 0.6, 0.8))
@@ -445,15 +429,6 @@ def train_step(model, optimizers, corpus, step, cfg):
     optimizer.step()
     return {"nats": nats.detach(), "code_loss": code_loss.detach(), "perplexity": perplexity(ids)}
 
-def perplexity(ids):
-    """exp of the entropy of the codes in use: K when all are used alike, 1 when a single one is."""
-    p = ids.unique(return_counts=True)[1] / ids.numel()
-    return torch.special.entr(p).sum().exp()
-
-def bit_rate(ids, seconds):
-    """Bits a second: symbols a second times their entropy in bits."""
-    return float(ids.numel() / seconds * math.log2(perplexity(ids)))
-
 # ==================== what it is good for ====================
 @torch.no_grad()
 def represent(model, wave, cfg):
@@ -463,9 +438,8 @@ def represent(model, wave, cfg):
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the same codes,
-    that speaker. None reconstructs, with the training speaker under whom a crop from the middle of the source
-    is likeliest (a pass of the decoder for each of them)."""
+    """Waves (N,), each with the index of a training speaker -> waves (N,): its codes, that speaker. None:
+    the speaker under whom a crop from the middle of the source is likeliest (a pass of the decoder each)."""
     conditions, width = [], cfg.crop // (2 * cfg.hop)                       # codes in a crop
     speakers = torch.arange(model.n_speakers, device=model.mean.device)
     for wave, target in zip(sources, targets):
@@ -481,32 +455,39 @@ def convert(model, sources, targets, cfg):
     waves = inverse_mu_law(sampler.run(conditions.shape[1] * 2 * cfg.hop, cfg.temperature))
     return [row[:len(wave)] for row, wave in zip(waves, sources)]
 
+def perplexity(ids):
+    """exp of the entropy of the symbols in use: K when all are used alike, 1 when a single one is."""
+    p = ids.unique(return_counts=True)[1] / ids.numel()
+    return torch.special.entr(p).sum().exp()
+
+def bit_rate(ids, seconds):
+    return ids.numel() / seconds * math.log2(perplexity(ids))      # symbols a second times entropy in bits
+
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes units.txt, the codes of held-out utterances as text. Returns what the codes are worth: nats and
-    bits a sample with the true codes, with another utterance's, with their average only, and with a wrong
-    speaker; their perplexity, how many are in use, and bits a second, also with repetitions merged."""
-    ids, seconds = {}, sum(corpus.length[u] for u in corpus.held[:cfg.probe]) / cfg.sample_rate
-    for u in corpus.held[:cfg.probe]:
-        ids[u] = model.encode(corpus.wave(u)[None].to(cfg.device))[2][0]
-    (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
-                                           for u, k in ids.items() if cfg.bottleneck != "none"))
+    """Writes units.txt, the codes of held-out utterances as text. Returns nats a sample with the true codes,
+    another utterance's, their average and a wrong speaker; and how the codes are used."""
     nats, known = collections.defaultdict(float), corpus.held[corpus.speaker[corpus.held] < model.n_speakers]
     for i in range(8 if len(known) else 0):
-        chosen = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size) % len(known)
-        batch = get_batch(corpus, cfg, i, draw=1000, utterances=known[chosen])
-        other = get_batch(corpus, cfg, i, draw=1000, utterances=known[(chosen + 1) % len(known)])
+        some = np.arange(i * cfg.batch_size, (i + 1) * cfg.batch_size)
+        batch, other = (get_batch(corpus, cfg, i, draw=1000, utterances=known[which % len(known)])
+                        for which in (some, some + 1))
         z_q, who = model.encode(batch["wave"])[1], batch["speaker"]
         wrong = (who + 1 + i % max(1, model.n_speakers - 1)) % model.n_speakers
         cases = {"true": (z_q, who), "shuffled": (model.encode(other["wave"])[1], who),
                  "absent": (z_q.mean((0, 1)).expand_as(z_q), who), "wrong_speaker": (z_q, wrong)}
         for name, case in cases.items():
             nats[name] += model(*case, batch["wave"]).item() / 8
-    every, runs = torch.cat([*ids.values()]), torch.cat([k.unique_consecutive() for k in ids.values()])
-    metrics = {"nats": nats, "bits": {name: n / math.log(2) for name, n in nats.items()}}
-    return metrics if cfg.bottleneck == "none" else metrics | {
-        "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
-        "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds)}
+    if cfg.bottleneck == "none":
+        return {"nats": nats}
+    held = corpus.held[:cfg.probe]
+    ids = [model.encode(corpus.wave(u)[None].to(cfg.device))[2][0] for u in held]
+    (out / "units.txt").write_text("".join(f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n"
+                                           for u, k in zip(held, ids)))
+    seconds = sum(corpus.length[u] for u in held) / cfg.sample_rate
+    every, runs = torch.cat(ids), torch.cat([k.unique_consecutive() for k in ids])
+    return {"nats": nats, "codes_used": len(every.unique()), "perplexity": perplexity(every).item(),
+            "bits_per_second": bit_rate(every, seconds), "bits_per_second_merged": bit_rate(runs, seconds)}
 
 # ==================== shared: audio ====================
 class UserError(Exception):
@@ -547,10 +528,7 @@ def audio_files(root):
 def write_audio(path, wave, sample_rate):
     """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-    except sf.SoundFileError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another path") from None
+    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
 # ==================== end shared: audio ====================
 
 # ==================== shared: spectrum ====================
@@ -563,8 +541,7 @@ def stft(wave, cfg):
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale, linear to 1 kHz, then 27 bands per factor of
-    6.4, from 0 to half the sample rate: scale and norm of librosa's default."""
+    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
     top = cfg.sample_rate / 2
     mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
     edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
@@ -599,9 +576,8 @@ def griffin_lim(magnitude, cfg):
 # ==================== shared: corpus ====================
 class Corpus:
     """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, spoken by speakers[speaker[u]]. `held` is a tenth of each speaker's utterances, `train` the rest,
-    both in the order of a hash of the path. `test` is the Corpus of --test, or this one. The model knows the
-    first `known` speakers."""
+    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
+    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
     def __init__(self, folder, cfg, speakers=(), is_test=False):
         root = Path(folder)
         paths = audio_files(root)
@@ -611,8 +587,7 @@ class Corpus:
         except (re.error, IndexError) as error:
             raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
         if None in who:
-            first = paths[who.index(None)]
-            raise UserError(f"{first}: --speaker {cfg.speaker!r} finds no speaker; mend the regex")
+            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
         length, self.audio = decode(paths, cfg.sample_rate)
         good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
         if len(bad):
@@ -621,8 +596,7 @@ class Corpus:
                 raise UserError(f"{lost}; mend or remove them")
             print(f"{lost}; left out")
         names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start = length[good], (length.cumsum() - length)[good]
-        self.test, self.seconds = self, 0.0                                  # seconds that get_batch took
+        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
         self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
         self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
         self.known = len(speakers or self.speakers)
@@ -659,18 +633,17 @@ class Corpus:
         return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
 @contextlib.contextmanager
-def once(path):
-    """Yields a temporary path, renamed to `path` at the end, or None where `path` exists. Of the processes on
-    one machine (torchrun) the first writes and the others wait."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+def once(path, anew=False):
+    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
         time.sleep(0.2)
-    if path.exists():
+    if path.exists() and not anew:
         yield None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             yield Path(folder) / path.name
-            if not path.exists():                        # another run may have been faster
+            if anew or not path.exists():                # another run may have been faster
                 os.replace(Path(folder) / path.name, path)
 
 def decode(paths, sample_rate):
@@ -678,12 +651,10 @@ def decode(paths, sample_rate):
     int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
     stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
     cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-
     def read(path):
-        try:
+        with contextlib.suppress(UserError):
             return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        except UserError:
-            return np.zeros(0, np.int16)
+        return np.zeros(0, np.int16)
     with once(cache) as part:
         if part:
             lengths = []
@@ -698,8 +669,7 @@ def decode(paths, sample_rate):
     return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
 
 def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy corpus; `speakers` come first in the numbering. On CUDA
-    its audio moves to the GPU if that takes less than a quarter of the free memory."""
+    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
     data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
     corpus = Corpus(data, cfg, speakers)
     if test:
@@ -710,9 +680,8 @@ def load_corpus(cfg, speakers=()):
 
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
     """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size different training ones. A function of (seed, step, draw,
-    rank) alone."""
-    began, rng = time.perf_counter(), np.random.default_rng((cfg.seed, step, draw, RANK))
+    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
         if len(corpus.train) < cfg.batch_size:
             raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
@@ -721,16 +690,13 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
     index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
     wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    batch = {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-             "utterance": torch.from_numpy(utterances).to(cfg.device)}
-    corpus.seconds += time.perf_counter() - began
-    return batch
+    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
+            "utterance": torch.from_numpy(utterances).to(cfg.device)}
 
 def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once and returns them: 8 and 4 speakers, 160 and 20 utterances
-    each of about 1.5 s, 16 kHz, and phones.txt. A pulse train of gliding f0, and noise, shaped by formants.
-    Speaker = f0, vocal-tract length, tilt, breathiness, and a microphone's colour, level and offset;
-    content = random phones. The two are drawn independently: the true factors of variation are known."""
+    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
+    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
+    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
     table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
              "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
              "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
@@ -746,8 +712,7 @@ def toy_corpus():
             colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
             colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
             phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = np.pad(table[phones], ((2, 2), (0, 0)), "edge").T
-            track = np.stack([np.convolve(row, np.full(5, 0.2), "valid") for row in track])   # coarticulation
+            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
             f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
             f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
             turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
@@ -777,7 +742,6 @@ def linear_probe(x, y, classes):
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
     predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
     def closure():
         loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
         w.grad, = torch.autograd.grad(loss, w)
@@ -786,9 +750,8 @@ def linear_probe(x, y, classes):
     return predict
 
 def equal_error_rate(x, speaker):
-    """Speaker verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where as
-    large a share of same-speaker pairs is rejected as of different-speaker pairs accepted; 0.5 is chance,
-    None without both kinds."""
+    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
+    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
     x = F.normalize(x - x.mean(0), dim=1)
     a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
     same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
@@ -812,9 +775,8 @@ def labelled(corpus, utterances, xs, phones, cfg):
 @torch.no_grad()
 def evaluate(model, corpus, cfg):
     """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions, None where it does not apply. Linear probes of the phone of a frame and of
-    the speaker of an utterance mean, fitted on training, scored on held-out utterances (chance: the most
-    frequent class); eer on corpus.test."""
+    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
+    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
     torch.manual_seed(cfg.seed)
     untrained = Model(cfg, corpus.known).to(cfg.device)
     prepare(untrained, corpus, cfg)                                 # the control: everything but the training
@@ -822,7 +784,6 @@ def evaluate(model, corpus, cfg):
     parts = [(c, us[:cfg.probe]) for c, us in parts]
     who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
     phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-
     def accuracy(what, x, y):                                                # x, y: (fit, held)
         chance[what] = (y[1].bincount().max() / len(y[1])).item()
         probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
@@ -845,11 +806,10 @@ def evaluate(model, corpus, cfg):
 # ==================== shared: listen ====================
 @torch.no_grad()
 def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s) to other speakers, writes six of the pairs to out,
-    and has linear probes of log-mel frames, fitted on OTHER real utterances, judge them (posteriors averaged
-    over the utterance) -> "target", "source": share of conversions heard as that speaker; "phones": share of
-    frames whose phone survives; the same for the reconstruction and for the copy, which is what Griffin-Lim
-    alone does. None without a TARGET."""
+    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
+    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
+    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
+    alone). None without a TARGET."""
     pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
     aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
     others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
@@ -860,34 +820,67 @@ def listen(model, corpus, cfg, out):
     clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
     aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
     copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "target": clips[1], "conversion": convert(model, clips[0], aims, cfg),
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg), "copy": copies}
-    for name, i in itertools.product(waves, range(min(6, len(pairs)))):
+    waves = {"source": clips[0], "copy": copies, "target": clips[1],
+             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
+             "conversion": convert(model, clips[0], aims, cfg)}
+    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
         who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{name}.wav", waves[name][i], cfg.sample_rate)
+        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
     phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
     hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
     mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
     heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
     judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    can_spell = not phones.keys().isdisjoint(rest)
-    if can_spell:
-        spell = linear_probe(*labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-
-    def verdict(name):
+    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
+        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
+    table = {}
+    for name in ("conversion", "reconstruction", "copy"):
         mels = [hear(w) for w in waves[name]]
         heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
         kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if can_spell and u in phones]
-        source, target = ((heard == speaker[column]).float().mean().item() for column in pairs.T)
-        kept = torch.cat(kept).float().mean().item() if kept else None
-        return {"target": target, "source": source, "phones": kept}
-    return {"pairs": len(pairs), **verdict("conversion"), "reconstruction": verdict("reconstruction"),
-            "copy": verdict("copy")}
+                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
+        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
+        table[name] = {"target": target, "source": source,
+                       "phones": torch.cat(kept).float().mean().item() if kept else None}
+    return {"pairs": len(pairs), **table.pop("conversion"), **table}
 # ==================== end shared: listen ====================
 
+# ==================== shared: page ====================
+def picture(wave, cfg):
+    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
+    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
+    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
+    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
+    word = lambda n: n.to_bytes(4, "big")
+    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
+    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return f'<img height=96 src="data:image/png;base64,{png}">'
+
+def page(out, result, table, log, cfg):
+    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
+    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
+            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
+            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
+        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
+        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
+        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
+        html.append("</div><div>")
+        for path in paths:
+            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
+            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
+# ==================== end shared: page ====================
+
 # ==================== shared: main ====================
-NAME = Path(__file__).stem
+NAME, BEGAN = Path(__file__).stem, time.time()
 CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
 
@@ -907,18 +900,21 @@ def parse(argv):
                             type={bool: boolean, int: int, float: float}.get(f.type, str),
                             choices=get_args(f.type) or None,
                             help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    for name, note in {"checkpoint": "run folder or model.pt", "source": "audio file; or folder to encode",
-                       "target": TARGET or "not used here", "output": "what to write"}.items():
-        parser.add_argument(f"--{name}", help=note)
-    for name, note in {"resume": "go on from the last checkpoint in --out", "overwrite": "replace --output",
-                       "toy": "with --data: TOY's small model and budget, for a CPU"}.items():
-        parser.add_argument(f"--{name}", help=note, action="store_true")
+    parser.add_argument("--checkpoint", help="run folder or model.pt")
+    parser.add_argument("--source", help="audio file; or folder to encode")
+    parser.add_argument("--target", help=TARGET or "not used here")
+    parser.add_argument("--output", help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
     flags = parser.parse_args(argv)
     given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
     for name, value in given.items():
         zero = value == 0 and (name == "seed" or type(value) is float)
         if type(value) in (int, float) and not (zero or 0 < value < math.inf):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here; leave the flag out")
     for name in (*needs[mode], *["out"] * flags.resume):
         if not getattr(flags, name):
             parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
@@ -926,19 +922,15 @@ def parse(argv):
 
 def save(path, model, optimizers, step, cfg, speakers):
     """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
-    part = path.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "config": asdict(cfg) | {"device": "auto"},
-                        "speakers": speakers, "model": model.state_dict(),
+        with once(path, anew=True) as part, open(part, "wb") as file:
+            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
+                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
                         "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:
         raise error.__context__ or error                 # torch wraps what the disk said
-    finally:
-        part.unlink(missing_ok=True)
 
 def load(path, **overrides):
     """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
@@ -953,32 +945,26 @@ def load(path, **overrides):
     if script != NAME:
         raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
     try:
-        cfg = resolve(Config(**saved | overrides))
+        cfg = Config(**saved | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError):
         raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def resolve(cfg):
-    """cfg with its device decided."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; leave the flag out")
-    return replace(cfg, device="cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 def train(given, flags):
     """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
-    began, checkpoint = time.time(), None
+    checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (Path(f"runs/{NAME}-{i}") for i in itertools.count(1))
-    out = Path(given.get("out") or next(path for path in free if not path.exists()))
+    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
+    out = Path(given.get("out") or next(free))
     if flags.resume and (out / "model.pt").exists():
         model, cfg, checkpoint = load(out, **given)
     elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
     else:
-        cfg = resolve(Config(**(TOY if flags.toy or not given.get("data") else {}) | given))
+        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     corpus = load_corpus(cfg)
@@ -998,14 +984,11 @@ def train(given, flags):
             p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
     out.mkdir(parents=True, exist_ok=True)
     done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-
-    def ask(number, _):                                              # asked once: after this step; twice: now
-        stop.append(signal.signal(number, signal.default_int_handler))
+    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, ask)                                   # asked once: after this step; twice: now
     for step in range(done, cfg.steps):
-        noise_seed = np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)
-        torch.manual_seed(int(noise_seed))                             # resuming needs no state of generators
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
                             cache_enabled=False):                 # its copies of weights could outlive a step
             window.append(train_step(model.train(), optimizers, corpus, step, cfg))
@@ -1016,12 +999,11 @@ def train(given, flags):
             spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
             log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
             log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "data_share": corpus.seconds / len(window) / spent,
                     "seconds_left": (cfg.steps - done) * spent}
             print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
             with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
                 print(json.dumps({"step": done} | log), file=file)
-            window, last, corpus.seconds = [], time.time(), 0.0
+            window, last = [], time.time()
         if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
             raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
         sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
@@ -1034,34 +1016,36 @@ def train(given, flags):
     if WORLD > 1:
         dist.destroy_process_group()
     if not RANK:
-        report(model, corpus, cfg, out, done, began)
+        report(model, corpus, cfg, out, done)
 
-def report(model, corpus, cfg, out, steps, began):
+def report(model, corpus, cfg, out, steps):
     """Measures everything -> out/result.json, out/samples and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    cpu = f"CPU, {torch.get_num_threads()} threads"
     result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
               "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
               "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
                        "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
               "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
+              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads",
               "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
               "conversion": listen(model, corpus, cfg, out / "samples"),
               "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - began, 1)
+    result["seconds"] = round(time.time() - BEGAN, 1)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    number = lambda v: f"{v:9.1%}" if v is not None else f"{'-':>9}"
-    print(f"{'':24}{'phone':>9}{'speaker':>9}{'EER':>9}")
+    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
     for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        print(f"{name:24}{number(row['phone'])}{number(row['speaker'])}{number(row['eer'])}")
-    for name in ("conversion", "metrics"):
-        short = json.loads(json.dumps(result[name]), parse_float=lambda text: round(float(text), 3))
-        print(f"{name}: {json.dumps(short)}")
-    print(f"{result['seconds']:.0f} s; {out}/result.json, {out}/samples", flush=True)
+        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
+    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
+        value = value if isinstance(value, dict) else {"": value}
+        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
+    for name, *cells in table:
+        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
+    page(out, result, table, log, cfg)
+    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
 
 def main(argv):
     """Runs one mode -> exit code."""
@@ -1077,10 +1061,8 @@ def main(argv):
             raise UserError(f"{output}: exists; add --overwrite to replace it")
         if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
             raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        began = time.time()
         fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
         model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-
         def read(path):
             wave = read_audio(path, cfg.sample_rate).to(cfg.device)
             if len(wave) < cfg.win or wave.abs().max() < 1e-4:
@@ -1089,7 +1071,7 @@ def main(argv):
             return wave
         files = lambda root: audio_files(root) if root.is_dir() else [root]
         if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"], began)
+            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
         elif mode == "convert":
             target, speakers = flags.target or None, checkpoint["speakers"]
             if target and not TARGET:
@@ -1118,8 +1100,8 @@ def main(argv):
         message = error
     except torch.cuda.OutOfMemoryError:
         message = "out of GPU memory; lower --batch-size or --crop"
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another place"
+    except (OSError, sf.SoundFileError) as error:
+        message = f"{error}; free space there or choose another place"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split()), file=sys.stderr)

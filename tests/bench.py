@@ -114,7 +114,7 @@ def bench(name, config, device, batch_size):
     overrides = {"device": device} | ({} if paper else script.TOY)
     if paper and device == "cpu":
         overrides["batch_size"] = batch_size
-    cfg = script.resolve(script.Config(**overrides))
+    cfg = script.Config(**overrides)
     with contextlib.redirect_stdout(io.StringIO()):
         corpus = script.load_corpus(cfg)
     torch.manual_seed(0)
@@ -129,9 +129,17 @@ def bench(name, config, device, batch_size):
                 script.train_step(model.train(), optimizers, corpus, step, cfg)
         wait()
     run(0, warm)
-    corpus.seconds, began = 0.0, time.perf_counter()
+    load, waited = script.get_batch, []
+
+    def timed_batch(*args, **options):                                     # what share of a step is waiting for data
+        start = time.perf_counter()
+        batch = load(*args, **options)
+        waited.append(time.perf_counter() - start)
+        return batch
+    script.get_batch, began = timed_batch, time.perf_counter()
     run(warm, steps)
-    step_seconds, share = (time.perf_counter() - began) / steps, corpus.seconds / (time.perf_counter() - began)
+    step_seconds, share = (time.perf_counter() - began) / steps, sum(waited) / (time.perf_counter() - began)
+    script.get_batch = load
     bare = ""
     if name in BARE:
         x = torch.rand_like(model.features(torch.randn(cfg.batch_size, cfg.crop, device=cfg.device)))[:, :cfg.crop // cfg.hop]

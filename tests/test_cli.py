@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The command line: runs and what they leave, exact resume, interruption, bad inputs, several processes."""
+import base64
 import hashlib
 import importlib.util
 import json
@@ -12,8 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -135,13 +138,52 @@ def checkpoint(path):
 def test_training_leaves_its_files(script, trained):
     assert trained.done.returncode == 0, trained.done.stderr
     assert trained.done.stderr == ""
-    assert {p.name for p in trained.run.iterdir()} == {"log.jsonl", "model.pt", "result.json", "samples"}
+    assert {p.name for p in trained.run.iterdir()} == {"index.html", "log.jsonl", "model.pt", "result.json", "samples"}
     steps = [json.loads(line)["step"] for line in open(trained.run / "log.jsonl")]
     assert steps == [2, 4] and re.search(r"^step 4/4 .*loss", trained.done.stdout, re.M)
     saved = checkpoint(trained.run / "model.pt")
     assert (saved["script"], saved["step"], saved["speakers"]) == (script, 4, list(SPEAKERS))
     for wave, rate in map(sf.read, (trained.run / "samples").glob("*.wav")):
         assert rate == saved["config"]["sample_rate"] and len(wave) and np.isfinite(wave).all()
+
+
+def test_page_opens_from_disk(trained):
+    """Each sample has a player that finds it and a whole PNG; each log key a curve; each representation a row."""
+    html = (trained.run / "index.html").read_text()
+    assert not re.search(r"<script|http|//|src=\"(?!data:|samples/)", re.sub(r"base64,[^\"]*", "", html))
+    players = [unquote(name) for name in re.findall(r'<audio controls src="(.*?)">', html)]
+    assert sorted(players) == sorted(f"samples/{p.name}" for p in (trained.run / "samples").glob("*.wav")) and players
+    pictures = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,(.*?)"', html)]
+    assert len(pictures) == len(players)
+    config = json.loads((trained.run / "result.json").read_text())["config"]
+    for png, name in zip(pictures, players):
+        assert png[:8] == b"\x89PNG\r\n\x1a\n"
+        chunks, at = {}, 8
+        while at < len(png):
+            size, kind = int.from_bytes(png[at:at + 4], "big"), png[at + 4:at + 8]
+            chunks[kind] = png[at + 8:at + 8 + size]
+            assert zlib.crc32(kind + chunks[kind]) == int.from_bytes(png[at + 8 + size:at + 12 + size], "big")
+            at += 12 + size
+        assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+        width, height = (int.from_bytes(chunks[b"IHDR"][i:i + 4], "big") for i in (0, 4))
+        assert (width, height) == (1 + sf.info(trained.run / name).frames // config["hop"], config["n_mels"])
+        rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + width)
+        assert not rows[:, 0].any() and rows[:, 1:].min() < 32                   # no filter; something is loud
+    log = [json.loads(line) for line in open(trained.run / "log.jsonl")]
+    curves = re.findall(r'd="M(.*?)"/></svg><figcaption>(\w+) ', html)
+    assert {name for _, name in curves} == {k for line in log for k in line} - {"step", "seconds_left"}
+    assert all(0 <= float(number) <= 240 for dots, _ in curves for number in dots.split())
+    assert all(f"<td>{name} " in html for name in json.loads((trained.run / "result.json").read_text())["representations"])
+
+
+def test_picture_shows_low_bands_at_the_bottom_and_loud_ones_dark(loaded):
+    m, cfg = loaded, loaded.Config(**loaded.TOY | {"device": "cpu"})
+    wave = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(cfg.sample_rate) / cfg.sample_rate)
+    png = base64.b64decode(re.search(r"base64,(.*?)\"", m.picture(wave, cfg))[1])
+    rows = np.frombuffer(zlib.decompress(png[41:-16]), np.uint8).reshape(cfg.n_mels, -1)[:, 1:]
+    middle = rows[:, rows.shape[1] // 2]
+    loudest = (m.log_mel(wave[None], cfg)[0].mean(0)).argmax().item()
+    assert middle.argmin() == cfg.n_mels - 1 - loudest > cfg.n_mels / 2 and middle.max() == 255
 
 
 def test_result_json(script, trained):
@@ -429,7 +471,7 @@ BAD = {
     "unknown choice": (TRAIN + "--device tpu", 2, "tpu"),
     "not a boolean": (TRAIN + "--bf16 maybe", 2, "maybe"),
     "unknown mode": ("transform --data {data}", 2, "transform"),
-    "no cuda": (TRAIN + "--device cuda", 1, "no CUDA device"),
+    "no cuda": (TRAIN + "--device cuda", 2, "no CUDA device"),
     "out below a file": ("--data {data} --out {bad}/file/run", 1, "bad0/file"),
     "out exists": ("--data {data} --out {run}", 1, "add --resume"),
     "resume without out": ("--data {data} --resume", 2, "--out"),
@@ -531,7 +573,7 @@ def test_disk_full(script, m, data, trained, tmp_path, capsys, monkeypatch, earl
     assert code == 1
     one_line(capsys.readouterr().err, "space")
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left == ({"log.jsonl", "model.pt", "result.json", "samples"} if earlier else {"log.jsonl"} & left)
+    assert left == ({"index.html", "log.jsonl", "model.pt", "result.json", "samples"} if earlier else {"log.jsonl"} & left)
     assert not earlier or m.load(tmp_path / "run")[2]["step"] == 4
 
 

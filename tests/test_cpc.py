@@ -8,6 +8,7 @@ import json
 import math
 from contextlib import redirect_stdout
 from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,9 +160,9 @@ def test_batch_norm_would_leak():
 
 def test_channel_norm_by_hand():
     norm, x = v.ChannelNorm(5), 3 * torch.randn(2, 5, 7) + 1
-    nn.init.uniform_(norm.gain), nn.init.uniform_(norm.bias)
+    nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias)
     expected = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-    close(norm(x), expected * norm.gain[:, None] + norm.bias[:, None], 1e-5)
+    close(norm(x), expected * norm.weight[:, None] + norm.bias[:, None], 1e-5)
     assert not any(isinstance(layer, v.ChannelNorm) for layer in v.Encoder(v.Config(channels=4, norm="none")))
 
 
@@ -361,7 +362,7 @@ def test_batches_of_one_speaker(corpus, monkeypatch):
     assert seen == set(range(11))                        # all speakers, all utterances
     monkeypatch.setattr(v, "RANK", 1)
     assert batches != [v.of_one_speaker(corpus, corpus.train[:-1], step, cfg).tolist() for step in range(30)]
-    few = v.of_one_speaker(corpus, corpus.train, 0, v.replace(cfg, batch_size=9))
+    few = v.of_one_speaker(corpus, corpus.train, 0, replace(cfg, batch_size=9))
     assert len(set(few)) == 4 and len(set(corpus.speaker[few])) == 1
 
 
@@ -383,7 +384,7 @@ def test_the_step_draws_them(corpus, monkeypatch):
     assert len({int(batch["speaker"][0]) for batch in drawn[1:16:2]}) > 1
     assert len(drawn[-1]["speaker"].unique()) > 1                            # the decoder's are mixed
     with pytest.raises(v.UserError, match="lower --batch-size"):             # at once, not when the decoder's turn comes
-        v.train_step(model, optimizers, corpus, 0, v.replace(cfg, batch_size=13))
+        v.train_step(model, optimizers, corpus, 0, replace(cfg, batch_size=13))
 
 
 # -------------------- k-means --------------------
@@ -627,9 +628,9 @@ def test_statistics(corpus):
     model, _, cfg = started(corpus)
     mel = torch.stack([torch.stack([(x := v.log_mel(corpus.wave(u)[None], cfg)[0]).mean(0), x.square().mean(0)])
                        for u in corpus.train]).mean(0)
-    close(model.mel_mean, mel[0], 1e-4)
-    close(model.mel_std, (mel[1] - mel[0] ** 2).sqrt(), 1e-3)
-    close(model.features(corpus.wave(0)[None]) * model.mel_std + model.mel_mean,
+    close(model.mean, mel[0], 1e-4)
+    close(model.std, (mel[1] - mel[0] ** 2).sqrt(), 1e-3)
+    close(model.features(corpus.wave(0)[None]) * model.std + model.mean,
           v.log_mel(corpus.wave(0)[None], cfg)[:, :50], 1e-4)
     for s in range(3):
         f0 = torch.cat([(y := v.yin(corpus.wave(u)[None], cfg)[0])[y > 0] for u in range(4 * s, 4 * s + 4)]).log()
@@ -653,7 +654,7 @@ def test_nobody_has_a_voice_and_nobody_is_known():
     cfg = v.Config(**TINY)
     model = v.Model(cfg, 2)
     v.prepare(model, corpus, cfg)
-    assert all(x.isfinite().all() for x in model.buffers()) and (model.mel_std > 0).all()
+    assert all(x.isfinite().all() for x in model.buffers()) and (model.std > 0).all()
     close(model.f0_mean, torch.full((2,), 4.85))
     close(model.f0_std, torch.full((2,), 0.5 / math.sqrt(2)))
 
@@ -666,7 +667,7 @@ def test_a_single_voiced_frame_and_digital_silence(monkeypatch):
     every = torch.tensor([100, 200, 100, 200, 130., math.exp(4.6), math.exp(5.1)]).log()
     close(model.f0_mean[1], every.mean(), 1e-5)
     close(model.f0_std[1], every.std(), 1e-5)
-    close(model.mel_std, torch.full((20,), 0.01))
+    close(model.std, torch.full((20,), 0.01))
 
 
 def test_phases_move_what_they_should(corpus):
@@ -708,11 +709,11 @@ def test_resumed_beyond_the_border(corpus):
         v.train_step(model, optimizers, corpus, step, cfg)
     assert model.fitted == 0
     before = model.centroids.clone()
-    v.train_step(model, optimizers, corpus, 6, v.replace(cfg, steps=8))
+    v.train_step(model, optimizers, corpus, 6, replace(cfg, steps=8))
     fitted = model.centroids.clone()
-    v.train_step(model, optimizers, corpus, 7, v.replace(cfg, steps=8))
+    v.train_step(model, optimizers, corpus, 7, replace(cfg, steps=8))
     assert model.fitted == 1 and not torch.equal(before, fitted) and torch.equal(fitted, model.centroids)
-    v.train_step(model, optimizers, corpus, 8, v.replace(cfg, steps=40))     # CPC again
+    v.train_step(model, optimizers, corpus, 8, replace(cfg, steps=40))     # CPC again
     assert model.fitted == 0 and torch.equal(fitted, model.centroids)
 
 
@@ -784,16 +785,28 @@ def test_vocode_undoes_features(corpus):
     f0 = v.yin(again, cfg)[0, 8:-8]
     assert ((f0 - 140).abs() < 3).float().mean() > 0.9
     assert (model.features(again) - model.features(wave))[:, 8:-8].abs().mean() < 0.25
-    model.mel_mean[:], model.mel_std[:] = -6.0, 1.0                          # loud to the very end
+    model.mean[:], model.std[:] = -6.0, 1.0                          # loud to the very end
     flat = model.vocode(torch.full((1, 10, 60), 3.0), 800)[0]
     assert flat[-80:].std() > 0.4 * flat[240:480].std()
 
 
-def test_perplexity_and_bit_rate():
-    ids = torch.tensor([0, 0, 1, 1, 5, 5, 7, 7])
-    close(v.perplexity(ids), 4.0)
-    close(v.bit_rate(ids, 2.0), 8.0, 1e-5)                                   # 4 symbols a second of 2 bits
-    close(v.perplexity(torch.zeros(9, dtype=torch.long)), 1.0)
+def bits(ids):
+    """Entropy of unit indices in bits, of shares counted one by one."""
+    shares = [(ids == k).double().mean().item() for k in set(ids.tolist())]
+    return -sum(p * math.log2(p) for p in shares)
+
+
+def test_unit_figures_by_hand(tmp_path, monkeypatch):
+    """Four units, all alike: perplexity 4, and with 8 symbols in a second 16 bits in it; a single unit: 1 and nothing."""
+    corpus = corpus_of([torch.zeros(4000), torch.zeros(4000)], [2, 2])       # unknown speakers: units and InfoNCE alone
+    corpus.known = 2
+    model, _, cfg = started(corpus, batch_size=2)
+    for ids, perplexity in (([0, 1, 5, 3], 4.0), ([2, 2, 2, 2], 1.0)):
+        monkeypatch.setattr(model, "units", lambda wave: torch.tensor([ids]))
+        metrics = v.sample(model, corpus, cfg, tmp_path)
+        assert metrics["units_used"] == perplexity
+        close(metrics["perplexity"], perplexity)
+        close(metrics["bits_per_second"], 8 * math.log2(perplexity), 1e-5)
 
 
 @pytest.mark.parametrize("negatives", ["batch", "same-speaker", "sequence", "other-sequences"])
@@ -806,8 +819,8 @@ def test_sample(corpus, tmp_path, negatives):
     ids = [model.units(corpus.wave(u)[None])[0].tolist() for u in range(12)]
     assert [list(map(int, line[1:])) for line in lines] == ids
     every, seconds = torch.tensor(sum(ids, [])), corpus.length.sum() / 8000
-    close(metrics["bits_per_second"], len(every) / seconds * math.log2(v.perplexity(every)), 1e-4)
-    assert metrics["bits_per_second_merged"] < metrics["bits_per_second"] and metrics["units_used"] == len(every.unique())
+    close(metrics["bits_per_second"], len(every) / seconds * bits(every), 1e-4)
+    assert metrics["units_used"] == len(every.unique())
     N = {"sequence": 37, "other-sequences": 3 * 37 + 1}.get(negatives, 4 * 37)
     close(metrics["log_n"], math.log(N))
     model.predictors.weight.data.zero_()
@@ -820,8 +833,8 @@ def test_sample(corpus, tmp_path, negatives):
     assert all(metrics["ffe"][name] >= metrics["vde"][name] for name in metrics["vde"])
     assert metrics["ffe"]["copy"] < 0.3
     files = {p.name for p in tmp_path.glob("*.wav")}
-    assert files == {f"{i}_u{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
-    assert all(sf.info(tmp_path / f"{i}_u{i}_copy.wav").frames == corpus.length[i] for i in range(3))
+    assert files == {f"resynthesis_{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
+    assert all(sf.info(tmp_path / f"resynthesis_{i}_copy.wav").frames == corpus.length[i] for i in range(3))
 
 
 def other_corpus():
@@ -856,15 +869,13 @@ def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
     close(metrics["nats"], torch.stack([g for g, _ in gains]).mean(), 1e-5)
     close(metrics["log_n"], sum(n for _, n in gains) / 8)
     assert [len(a[0][0]) for a in given[::2]] == [300, 50] and [int(a[2]) for a in given[::2]] == [0, 1]   # 4 and 5: unknown
-    assert sf.info(tmp_path / "0_u2_copy.wav").frames == 24000
+    assert sf.info(tmp_path / "resynthesis_0_copy.wav").frames == 24000
     ids = [model.units(corpus.wave(u)[None])[0] for u in (2, 3, 4)]
     seconds, every = 4.8, torch.cat(ids)
-    runs = torch.cat([k.unique_consecutive() for k in ids])
     assert len(open(tmp_path / "units.txt").readlines()) == 3
-    close(metrics["perplexity"], v.perplexity(every), 1e-5)
-    close(metrics["bits_per_second"], len(every) / seconds * math.log2(v.perplexity(every)), 1e-4)
-    close(metrics["bits_per_second_merged"], len(runs) / seconds * math.log2(v.perplexity(runs)), 1e-4)
-    heard = [v.yin(v.read_audio(tmp_path / f"{i}_u{u}_copy.wav", 8000)[None], cfg)[0] for i, u in enumerate((2, 3))]
+    close(metrics["perplexity"], 2 ** bits(every), 1e-5)
+    close(metrics["bits_per_second"], len(every) / seconds * bits(every), 1e-4)
+    heard = [v.yin(v.read_audio(tmp_path / f"resynthesis_{i}_copy.wav", 8000)[None], cfg)[0] for i, u in enumerate((2, 3))]
     truth = [v.yin(corpus.wave(u)[None, :24000], cfg)[0] for u in (2, 3)]
     wrong = torch.cat([(a > 0) != (b > 0) for a, b in zip(heard, truth)]).float().mean()     # of frames, not of utterances
     close(metrics["vde"]["copy"], wrong, 0.02)
@@ -891,7 +902,7 @@ def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
 
 
 def test_figures_over_utterances(tmp_path, monkeypatch):
-    """Repeated units are merged within an utterance, not from one to the next; F0 errors are shares of all frames."""
+    """Units are counted over all utterances, and F0 errors are shares of all frames."""
     corpus = other_corpus()
     model, _, cfg = started(corpus, probe=2)
     rows = {32000: torch.tensor([[0, 0, 1, 1]]), 4000: torch.tensor([[1, 1, 2]])}
@@ -901,7 +912,7 @@ def test_figures_over_utterances(tmp_path, monkeypatch):
     silent = lambda wave: wave.shape[1] == 24000 and (wave == 0.5).all()     # the long one loses all voicing, the short none
     monkeypatch.setattr(v, "yin", lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 0.0 if silent(wave) else 100.0))
     metrics = v.sample(model, corpus, cfg, tmp_path)
-    close(metrics["bits_per_second_merged"], 4 / 4.5 * math.log2(v.perplexity(torch.tensor([0, 1, 1, 2]))), 1e-5)
+    close(metrics["bits_per_second"], 7 / 4.5 * bits(torch.tensor([0, 0, 1, 1, 1, 1, 2])), 1e-5)
     close(metrics["vde"]["copy"], 301 / (301 + 51), 1e-5)
 
 
@@ -963,7 +974,7 @@ def test_cuda_equals_cpu(corpus):
         close(model.context(z.cuda())[0].float().cpu(), c, 0.1)
         ids = model.units(wave.cuda())
     assert torch.equal(ids, model.units(wave.cuda()))
-    cfg = v.replace(cfg, device="cuda")
+    cfg = replace(cfg, device="cuda")
     optimizers = v.make_optimizers(model, cfg)
     for step in (0, 4, 5):
         with torch.autocast("cuda", torch.bfloat16):

@@ -7,6 +7,7 @@ import json
 import math
 from contextlib import redirect_stdout
 from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -478,7 +479,7 @@ def test_pairs(corpus, pair):
     """same: y and cells of one crop; cross: y of the first, cells of another crop of the same utterance, through the
     encoder in one call."""
     model, _, cfg = started(corpus, pair=pair, alpha=1.0)
-    x = v.examples(model, corpus, 0, cfg)
+    x = v.segments(model, corpus, cfg, 0)
     batch = v.get_batch(corpus, cfg, 0)
     close(x[:4], model.crops(batch["wave"]))
     calls, given, forward = [], {}, model.encoder.forward
@@ -637,6 +638,7 @@ def test_retrieval(tmp_path, monkeypatch):
     assert found.keys() == {"log_mel", "untrained", "global", "chance"}
     lines = [line.split() for line in (tmp_path / "retrieval.txt").read_text().splitlines()]
     assert len(lines) == 2 * 11 and [line[1] for line in lines if "query" in line[0]] == ["t0", "t2"]
+    assert {line[2] for line in lines if "query" in line[0]} == {"1.000"}    # not the mark that puts it first
     stems = ["t0", "t1", "t2", "u0", "u1", "u2"]
     best = cosine[0].argsort()[::-1]
     assert [line[1] for line in lines[1:6]] == [stems[i] for i in best[:5]]
@@ -654,7 +656,7 @@ def test_one_corpus_is_searched_once(tmp_path):
     assert len(list(tmp_path.glob("*query*"))) == 4                          # of five speakers
     corpus.test = corpus_of([torch.randn(1600 + 80 * k) * 0.1 for k in range(6)], [5, 5, 5, 6, 6, 6])
     corpus.test.speakers = [f"s{i}" for i in range(7)]
-    chance = v.retrieve(model, corpus, v.replace(cfg, probe=3), tmp_path / "few")["chance"]
+    chance = v.retrieve(model, corpus, replace(cfg, probe=3), tmp_path / "few")["chance"]
     close(chance, 2 / 5)                                                     # three of each set
 
 
@@ -770,7 +772,7 @@ def test_draws_of_the_prior_where_y_is_the_prior(corpus, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("decoded_*_prior*")} == {f"decoded_{i}_prior.wav" for i in range(3)}
     drawn = given[0].sigmoid()
     assert drawn.shape == (3, 6) and 0 < drawn.min() < 0.3 and 0.7 < drawn.max() < 1
-    _, said = sampled(model, corpus, v.replace(cfg, gamma=0.0), tmp_path / "none")
+    _, said = sampled(model, corpus, replace(cfg, gamma=0.0), tmp_path / "none")
     assert "--gamma is 0" in said
 
 
@@ -879,13 +881,13 @@ def test_decoded_files(corpus, tmp_path, monkeypatch):
 
 def test_the_bound_is_of_held_out_speech(corpus, tmp_path, monkeypatch):
     model, _, cfg = started(corpus, objective="nce", pair="cross", alpha=1.0)
-    seen, inner = [], v.examples
-    monkeypatch.setattr(v, "examples", lambda m, c, step, cfg, draw, us: seen.append((draw, set(us))) or inner(m, c, step, cfg, draw, us))
+    seen, inner = [], v.segments
+    monkeypatch.setattr(v, "segments", lambda m, c, cfg, step, draw, us: seen.append((draw, set(us))) or inner(m, c, cfg, step, draw, us))
     metrics, _ = sampled(model, corpus, cfg, tmp_path)
     assert set().union(*(us for _, us in seen)) == set(corpus.held) and {draw for draw, _ in seen} == {1000}
     close(metrics["bound"]["local_ceiling"], math.log(1 + 3 * 6))
     close(metrics["bound"]["global_ceiling"], math.log(4))
-    u = [v.bound(v.scores(model, inner(model, corpus, i, cfg, 1000, v.batch_of(corpus.held, i, cfg)), cfg)[0]["local"], "nce")[0]
+    u = [v.bound(v.scores(model, inner(model, corpus, cfg, i, 1000, v.batch_of(corpus.held, i, cfg)), cfg)[0]["local"], "nce")[0]
          for i in range(8)]
     close(metrics["bound"]["local"], torch.stack(u).mean(), 1e-5)
 
@@ -918,7 +920,7 @@ def test_two_thirds_of_the_toy_run(toy_folder, tmp_path, monkeypatch):
 @GPU
 def test_cuda_equals_cpu(corpus):
     model, _, cfg = started(corpus, alpha=1.0)
-    x = v.examples(model, corpus, 0, cfg)
+    x = v.segments(model, corpus, cfg, 0)
     u, y = v.scores(model, x, cfg)
     on_gpu, z = v.scores(model.cuda(), x.cuda(), cfg)
     close(z.cpu(), y, 1e-3)
@@ -927,7 +929,7 @@ def test_cuda_equals_cpu(corpus):
         for objective in ("jsd", "dv", "nce"):
             with torch.autocast("cuda", torch.bfloat16):                     # switched off inside
                 close(v.bound(on_gpu[level], objective)[0].cpu(), v.bound(u[level], objective)[0], 1e-3)
-    cfg = v.replace(cfg, device="cuda")
+    cfg = replace(cfg, device="cuda")
     optimizers = v.make_optimizers(model, cfg)
     for step in (0, 5):
         with torch.autocast("cuda", torch.bfloat16):
