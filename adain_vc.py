@@ -11,7 +11,7 @@ time, which removes what changes. The decoder normalises too, and is given the s
 deviation of its channels (AdaIN). All three learn as one variational auto-encoder, from single segments,
 without labels; so neither voice of a conversion needs to be known, and one recording of the target will do.
 
-    wave (B, N) -> mel spectrum in dB, each band standardised: x (B, T, F)
+    wave (B, N) -> pre-emphasis -> mel spectrum in dB, each band standardised: x (B, T, F)
     x -> content encoder, with IN -> mu, log sigma^2 (B, T', D); z = mu + sigma * noise; T' = T / 8 (TOY: / 4)
     x -> speaker encoder, average over T -> e (B, E)
     z -> conv, IN, ReLU -> 6 blocks (TOY: 4), each two times: conv, AdaIN, ReLU -> conv -> x^ (B, T, F)
@@ -730,22 +730,22 @@ def picture(wave, cfg):
 def page(out, result, table, log, cfg):
     """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
     log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
-    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note).replace('_', '_<wbr>')}</figure>"
     rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
-    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
-            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
-            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio,svg{width:100%}"
+            "div{display:flex;flex-wrap:wrap} figure{width:17em;margin:4px} path{fill:none;stroke:red;stroke-"
+            f"linecap:round}}</style><h1>{escape(result['command'])}</h1><table><tr>{rows}</table><div>"]
     for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
         x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
-        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
-        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
-        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+        span = max(np.ptp(y), 1e-5 * abs(y).max(), 1e-9)                     # what is constant is a flat line
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / span], 1).round(1)
+        path = f'<path d="M{" ".join(map(str, dots.ravel()))}h0"/>'
+        html.append(figure(f'<svg viewBox="0 0 190 80">{path}</svg>', f"{k} {y.min():.4g} to {y.max():.4g}"))
     row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    show = lambda path: figure(picture(read_audio(path, cfg.sample_rate), cfg) + "<audio controls "
+                               f'src="samples/{quote(path.name)}"></audio>', path.name)
     for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
-        html.append("</div><div>")
-        for path in paths:
-            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
-            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+        html += ["</div><div>", *map(show, paths)]
     (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
 # ==================== end shared: page ====================
 
@@ -823,7 +823,7 @@ def load(path, **overrides):
     return model.to(cfg.device).eval(), cfg, checkpoint
 
 def train(given, flags):
-    """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
+    """Trains, then reports; leaves model.pt, log.jsonl, result.json, index.html and samples/ in --out."""
     checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
@@ -889,7 +889,7 @@ def train(given, flags):
         report(model, corpus, cfg, out, done)
 
 def report(model, corpus, cfg, out, steps):
-    """Measures everything -> out/result.json, out/samples and the table on the screen."""
+    """Measures everything -> out/result.json, samples/, index.html, and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []

@@ -10,14 +10,14 @@ it err. To convert, tell the decoder another speaker. Its output is blurred, as 
 encoder and decoder stay as they are, and a generator, given the same latent and speaker, adds a residual; a
 critic judges whether the sum is like real speech, and a second classifier whether it is the target speaker.
 
-    wave (B, N) -> linear magnitude in dB, -80 to 20 as 0 to 1: x (B, T, F)
+    wave (B, N) -> pre-emphasis -> linear magnitude in dB, -80 to 20 as 0 to 1: x (B, T, F)
     x -> Enc: convolutions 1 to 7 wide, three halvings of T, GRU -> z (B, T', C), T' = ceil(T / 8)
     z, y -> Dec: three doublings of T, GRU; y enters by five tables -> Dec(z, y) (B, T, F)
     z -> classifier-1 -> logits of the speaker (B, S)
     z, y' -> Gen: as Dec -> residual (B, T, F);  x' = Dec(z, y') + Gen(z, y'), y' random
     x or x' -> critic: convolutions over T and F -> D, how real (B,), and classifier-2: logits (B, S)
 
-    phase  steps    each, every one on its batch  minimises
+    phase  steps    updates a step, a batch each  minimises
     0       8,000   1 of Enc and Dec              L_rec = |Dec(z, y) - x|, the mean over all elements
     1      20,000   1 of classifier-1             CE_1(z, y), the cross-entropy
     2      80,000   5 of classifier-1, then       CE_1(z, y)
@@ -52,8 +52,9 @@ The log shows reconstruction_loss, L_rec, in units of 100 dB (toy corpus: 0.06);
 (chance: ln S), and the accuracy of that classifier, which is no measure of what z knows; critic_distance,
 D(x) - D(x'); penalty, |grad D| being near 1 when it is small; classifier_2_loss of real and generator_loss of
 converted segments, both in nats. A step counts as one batch of audio; those of phases 2 and 3 draw several.
-In result.json metrics.fresh_classifier and the linear probe of `content` test the paper's claim, that
---adversary 0 leaves more of the speaker in. Stage 2 should raise metrics.variance and lower variance_error.
+In result.json metrics.fresh_classifier, a new classifier-1 of the final z, and the linear probe of `content`
+test the paper's claim, that --adversary 0 leaves more of the speaker in. Stage 2 should raise the variance
+over time of each frequency (metrics.variance) and bring it nearer to real speech (variance_error lower).
 
     python adversarial_vc.py                            a toy corpus, three minutes on two CPU cores
     python adversarial_vc.py --data DIR                 any folder of audio, the authors' size, for a GPU
@@ -831,22 +832,22 @@ def picture(wave, cfg):
 def page(out, result, table, log, cfg):
     """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
     log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
-    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note).replace('_', '_<wbr>')}</figure>"
     rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
-    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
-            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
-            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio,svg{width:100%}"
+            "div{display:flex;flex-wrap:wrap} figure{width:17em;margin:4px} path{fill:none;stroke:red;stroke-"
+            f"linecap:round}}</style><h1>{escape(result['command'])}</h1><table><tr>{rows}</table><div>"]
     for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
         x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
-        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
-        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
-        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+        span = max(np.ptp(y), 1e-5 * abs(y).max(), 1e-9)                     # what is constant is a flat line
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / span], 1).round(1)
+        path = f'<path d="M{" ".join(map(str, dots.ravel()))}h0"/>'
+        html.append(figure(f'<svg viewBox="0 0 190 80">{path}</svg>', f"{k} {y.min():.4g} to {y.max():.4g}"))
     row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    show = lambda path: figure(picture(read_audio(path, cfg.sample_rate), cfg) + "<audio controls "
+                               f'src="samples/{quote(path.name)}"></audio>', path.name)
     for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
-        html.append("</div><div>")
-        for path in paths:
-            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
-            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+        html += ["</div><div>", *map(show, paths)]
     (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
 # ==================== end shared: page ====================
 
@@ -924,7 +925,7 @@ def load(path, **overrides):
     return model.to(cfg.device).eval(), cfg, checkpoint
 
 def train(given, flags):
-    """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
+    """Trains, then reports; leaves model.pt, log.jsonl, result.json, index.html and samples/ in --out."""
     checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
@@ -990,7 +991,7 @@ def train(given, flags):
         report(model, corpus, cfg, out, done)
 
 def report(model, corpus, cfg, out, steps):
-    """Measures everything -> out/result.json, out/samples and the table on the screen."""
+    """Measures everything -> out/result.json, samples/, index.html, and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []

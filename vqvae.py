@@ -3,16 +3,16 @@
 
 van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, arXiv:1711.00937v2.
 Chorowski, Weiss, Bengio, van den Oord, "Unsupervised Speech Representation Learning Using WaveNet
-Autoencoders", 2019, arXiv:1901.08810. Other bottlenecks: Jang, Gu, Poole, 2017, arXiv:1611.01144.
+Autoencoders", 2019, arXiv:1901.08810. --bottleneck onehot: Jang, Gu, Poole, 2017, arXiv:1611.01144.
 
 The idea. An auto-encoder whose bottleneck is one integer per 20 ms: the encoder's latent is replaced by the
 nearest of K learned codes. The decoder is strong, autoregressive and given the speaker for free, so the
 narrow code stream carries what it cannot guess: something like phones. An argmin has no gradient: the latent
-gets that of its code from the decoder. Converting a voice is decoding its codes with another speaker.
+is given the decoder's gradient at its code. Converting a voice is decoding its codes with another speaker.
 
     wave (B, N) -> MFCC (B, N / 160, 39) -> Encoder -> z (B, T', D) -> nearest code: ids, z_q (B, T', D)
-    z_q -> jitter -> three codes wide (B, T', 128), speaker (B, S) -> repeated 320 times
-                                            y_1 .. y_{t-1} -> WaveNet -> p(y_t) (B, N, 256)
+    z_q -> jitter -> convolution over 3 codes (B, T', 128), speaker (B, S) -> repeated 320 times
+                                    mu-law y_1 .. y_{t-1} -> WaveNet -> p(y_t) (B, N, 256)
 
     L = -log p(x | z_q(x), speaker) + |sg[z_e(x)] - e|^2 + beta |z_e(x) - sg[e]|^2       Eq. (3), 1711.00937
     N_i <- g N_i + (1-g) n_i,  m_i <- g m_i + (1-g) sum_j z_ij,  e_i = m_i / N_i     A.1, for its 2nd term
@@ -20,8 +20,8 @@ gets that of its code from the decoder. Converting a voice is decoding its codes
     symbol      here                   shape              symbol         here            shape
     z_e(x)      z                      (B, T', D)         z (an index)   ids             (B, T')
     z_q(x)      z_q                    (B, T', D)         beta           cfg.beta        0.25
-    e           bottleneck.e           (K, D)             gamma          cfg.decay       0.99
-    N_i, m_i    bottleneck.N, .M       (K,), (K, D)
+    e           bottleneck.e           (K, D)             gamma, g       cfg.decay       0.99
+    N_i, m_i    bottleneck.N, .M       (K,), (K, D)       N samples, T' = N / 320 latents, S speakers
 
 Differs from the papers. Of 1901.08810 we had later work and implementations, not the text.
 D1  The encoder's convolutions, and its output before the projection to D, are batch-normalised, on each GPU
@@ -36,13 +36,13 @@ U2  Edges of a crop: silence before and after; the differences repeat the edge f
 U3  The scale of the last two terms of L: here as the equation stands, see VectorQuantizer.forward.
 U4  Kernel of the WaveNet: 2, and 1 for its first layer.
 U5  Scalings in the WaveNet: residual sums by sqrt(1/2), the sum of the skips by sqrt(1/layers).
-U6  How one-hot and binary codes are kept in use: KL of their average to uniform. Temperature of the one-hot.
+U6  One-hot, binary: KL of their average to uniform keeps codes in use; hard in training, too; temperature.
 U7  How many steps the halvings of the learning rate belong to: a million; with fewer, in proportion.
 
 The log shows nats, the cross-entropy per sample (ln 256 = 5.55 at the start); code_loss, small beside it;
 perplexity of the codes of ONE batch, which with VQ dips in the first 50 steps and recovers. result.json has
 the nats also with another utterance's codes, their average and a wrong speaker, each of which should cost;
-perplexity over held-out speech, K at most; bits a second. Row `encoder` against `codes`: is the speaker gone?
+perplexity over held-out speech, K at most; bits a second. Of its probes compare `encoder` with `codes`.
 
     python vqvae.py                                  a toy corpus, two minutes on two CPU cores
     python vqvae.py --data DIR                       any folder of audio, the paper's size, for a GPU
@@ -860,22 +860,22 @@ def picture(wave, cfg):
 def page(out, result, table, log, cfg):
     """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
     log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
-    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note)}</figcaption></figure>"
+    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note).replace('_', '_<wbr>')}</figure>"
     rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
-    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio{width:100%} "
-            "div{display:flex; flex-wrap:wrap} figure{width:15em; margin:4px; word-break:break-all}</style>"
-            f"<h1>{NAME}</h1>{escape(result['command'])}<table><tr>{rows}</table><h2>log</h2><div>"]
+    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio,svg{width:100%}"
+            "div{display:flex;flex-wrap:wrap} figure{width:17em;margin:4px} path{fill:none;stroke:red;stroke-"
+            f"linecap:round}}</style><h1>{escape(result['command'])}</h1><table><tr>{rows}</table><div>"]
     for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
         x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
-        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / (np.ptp(y) or 1)], 1).round(1)
-        path = f'<path fill=none stroke=blue d="M{" ".join(map(str, dots.ravel()))}"/>'
-        html.append(figure(f"<svg height=80>{path}</svg>", f"{k} {y.min():.4g} to {y.max():.4g}"))
+        span = max(np.ptp(y), 1e-5 * abs(y).max(), 1e-9)                     # what is constant is a flat line
+        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / span], 1).round(1)
+        path = f'<path d="M{" ".join(map(str, dots.ravel()))}h0"/>'
+        html.append(figure(f'<svg viewBox="0 0 190 80">{path}</svg>', f"{k} {y.min():.4g} to {y.max():.4g}"))
     row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
+    show = lambda path: figure(picture(read_audio(path, cfg.sample_rate), cfg) + "<audio controls "
+                               f'src="samples/{quote(path.name)}"></audio>', path.name)
     for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
-        html.append("</div><div>")
-        for path in paths:
-            player = f'<audio controls src="samples/{quote(path.name)}"></audio>'
-            html.append(figure(picture(read_audio(path, cfg.sample_rate), cfg) + player, path.name))
+        html += ["</div><div>", *map(show, paths)]
     (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
 # ==================== end shared: page ====================
 
@@ -953,7 +953,7 @@ def load(path, **overrides):
     return model.to(cfg.device).eval(), cfg, checkpoint
 
 def train(given, flags):
-    """Trains, then reports; leaves model.pt, log.jsonl, result.json and samples/ in the run folder."""
+    """Trains, then reports; leaves model.pt, log.jsonl, result.json, index.html and samples/ in --out."""
     checkpoint = None
     if WORLD > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
@@ -1019,7 +1019,7 @@ def train(given, flags):
         report(model, corpus, cfg, out, done)
 
 def report(model, corpus, cfg, out, steps):
-    """Measures everything -> out/result.json, out/samples and the table on the screen."""
+    """Measures everything -> out/result.json, samples/, index.html, and the table on the screen."""
     print("measuring what the representations know and what conversion does", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The README's commands exist, its Python runs, and its figures are those of the runs kept in tests/results.
+"""The README's commands exist, its Python runs, and its tables are those of the runs kept in tests/results.
 
-    python tests/test_readme.py --write      renders the result tables anew from tests/results/*.json
+    python tests/test_readme.py --write      renders the tables anew from tests/results/*.json
 """
+import functools
 import hashlib
 import importlib
 import json
@@ -14,10 +15,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+sys.path.insert(0, str(ROOT))
+README, LISTING = ROOT / "README.md", ROOT / "tests" / "results" / "README.md"
 NAMES = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
-MARKS = "<!-- results: rendered by tests/test_readme.py --write -->\n", "<!-- end of results -->\n"
+STALE = " **(stale: the script has changed since)**"
+PAPERS = {"1711.00937": "van den Oord 2017", "1901.08810": "Chorowski 2019", "1611.01144": "Jang 2017", "1709.07902": "Hsu 2017",
+          "1804.03201": "Hsu & Glass 2018", "1804.02812": "Chou 2018", "1904.05742": "Chou 2019", "1807.03748": "van den Oord 2018",
+          "2104.00355": "Polyak 2021", "1808.06670": "Hjelm 2019", "1812.00271": "Ravanelli & Bengio 2019"}
+FILES = {                       # script: papers, the idea in ten words or so, the objective
+    "vqvae": ("1711.00937 1901.08810 1611.01144", "one of K codes per 20 ms, spoken by a WaveNet",
+              "NLL of samples + code and commitment terms"),
+    "fhvae": ("1709.07902 1804.03201", "two priors: one shared by a sequence, one by all segments",
+              "variational bound + which sequence is z2 from"),
+    "adversarial_vc": ("1804.02812", "encoder misleads a speaker classifier; then a GAN sharpens",
+                       "L1 - w cross-entropy; then WGAN-GP + cross-entropy"),
+    "adain_vc": ("1904.05742", "instance norm removes the speaker, AdaIN puts another in", "L1 + KL"),
+    "cpc": ("1807.03748 2104.00355", "tell the future from other frames; decode clusters, F0, speaker",
+            "InfoNCE; then L1 of a decoder"),
+    "dim": ("1808.06670 1812.00271", "a critic tells whose embedding it is; nothing is decoded",
+            "JSD, DV or InfoNCE bound of mutual information")}
 
 
 def current(script):
@@ -25,27 +42,194 @@ def current(script):
     return hashlib.sha256((ROOT / f"{script}.py").read_text().split('"""', 2)[2].encode()).hexdigest()
 
 
-def render():
+@functools.cache
+def runs():
+    """{file name without its ending: run}, in the order of length, then alphabet."""
+    paths = sorted(LISTING.parent.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def fresh(*some):
+    return all(run["sha256"] == current(run["script"]) for run in some)
+
+
+def seeds_of(name):
+    """A run and those that differ from it by the seed alone."""
+    return [run for stem, run in runs().items() if stem == name or re.fullmatch(re.escape(name) + r"-seed\d+", stem)]
+
+
+def percent(value):
+    return "" if value is None else f"{100 * value:.0f}" if value >= 0.0995 or value == 0 else f"{100 * value:.1f}"
+
+
+def of_seeds(values):
+    return ", ".join(map(percent, values)) if None not in values else ""
+
+
+def method_lines(script):
+    return (ROOT / f"{script}.py").read_text().split("# ==================== shared: audio")[0].count("\n")
+
+
+def files():
+    """The six files: paper, idea, objective, lines, parameters."""
+    parts = ["| file | papers | idea | objective | lines: method, all | parameters |", "|---|---|---|---|---|---|"]
+    for script in SCRIPTS:
+        ids, idea, objective = FILES[script]
+        m = importlib.import_module(script)
+        million = sum(p.numel() for p in m.Model(m.Config(device="cpu"), 100).parameters()) / 1e6
+        papers = ", ".join(f"[{PAPERS[i]}](https://arxiv.org/abs/{i})" for i in ids.split())
+        total = (ROOT / f"{script}.py").read_text().count("\n")
+        parts += [f"| [`{script}.py`]({script}.py) | {papers} | {idea} | {objective} | {method_lines(script)}, {total} | {million:.1f} M |"]
+    return "\n".join(parts) + "\n"
+
+
+def comparison():
+    """For each data set the same measures of all six, seeds side by side, the untrained model's in brackets."""
+    parts = []
+    for data, about in (("toy", "synthetic voices, EER of four unseen ones"), ("words", "Arabic words of a second, EER of six unseen speakers"),
+                        ("librispeech", "three seconds each, EER of 51 unseen speakers, one recording each"),
+                        ("digits", "strings of English digits, EER of the six training speakers")):
+        mine = {script: group for script in SCRIPTS if (group := seeds_of(f"{script}-{data}"))}
+        first = next(iter(mine.values()))[0]["data"]
+        parts += [f"**{data}**: {about}; {first['minutes']} minutes, {first['speakers']} training speakers.", "",
+                  "| | phone | speaker | EER | heard as target | as source | phones kept | bits/s | steps | minutes |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]
+        row = lambda name, cells: parts.append(f"| {name} | {' | '.join(cells)} |")
+        keys, base = ("phone", "speaker", "eer"), {}
+        for script, group in mine.items():                                   # what the input says differs with its sampling
+            for name, values in ("chance", group[0]["chance"]), ("log-mel", group[0]["representations"]["log-mel"]):
+                base.setdefault((name, tuple(percent(values[k]) for k in keys)), []).append(script)
+        for name, cells in sorted(base):
+            who = base[name, cells]
+            row(name if len(who) == len(mine) else f"{name} of {', '.join(f'`{s}.py`' for s in who)}", [*cells, *[""] * 6])
+        for script, group in mine.items():
+            names = [name for name in group[0]["representations"] if name != "log-mel" and not name.endswith(" untrained")]
+            for name in names:
+                cells = []
+                for k in keys:
+                    trained, untrained = ([run["representations"][n][k] for run in group] for n in (name, f"{name} untrained"))
+                    cells += [f"{of_seeds(trained)} ({of_seeds(untrained)})" if None not in trained else ""]
+                rest, voices = [""] * 6, [run["conversion"] for run in group]
+                if name == names[-1]:                                        # of the script, once
+                    copy = group[0]["conversion"] and group[0]["conversion"]["copy"]
+                    if copy:
+                        rest[:3] = [of_seeds([v["target"] for v in voices]),
+                                    f"{of_seeds([v['source'] for v in voices])} (copies {percent(copy['source'])})",
+                                    f"{of_seeds([v['phones'] for v in voices])} (copies {percent(copy['phones'])})" if copy["phones"] else ""]
+                    bits = [run["metrics"].get("bits_per_second") for run in group]
+                    rest[3] = ", ".join(f"{b:.0f}" for b in bits) if None not in bits else ""
+                    rest[4:] = [f"{group[0]['steps']}", f"{group[0]['seconds'] / 60:.1f}"]
+                row(f"`{script}.py` {name}" + STALE * (not fresh(*group)), cells + rest)
+        parts += [""]
+    return "\n".join(parts)
+
+
+def cell(name, row, key="speaker"):
+    """Percentages of one row of the probes in a run and its other seeds."""
+    return of_seeds([run["representations"][row][key] for run in seeds_of(name)])
+
+
+def judged(name, key="target"):
+    return of_seeds([run["conversion"][key] for run in seeds_of(name)])
+
+
+def metric(name, *path):
+    """Percentages of one figure of the metrics in a run and its other seeds."""
+    return of_seeds([functools.reduce(lambda d, k: d[k], path, run["metrics"]) for run in seeds_of(name)])
+
+
+def claims():
+    """One row for each claim, its figures from the runs; CLAIMS has the verdicts."""
+    parts = ["| paper | it claims | on, and off | measured | holds |", "|---|---|---|---|---|"]
+    for paper, claim, names, off, measured, verdict in CLAIMS:
+        some = [run for name in names for run in seeds_of(name)]
+        assert some and all(seeds_of(name) for name in names), names
+        command = runs()[names[0]]["command"].replace("|", "/")
+        link = ", ".join(f"[{PAPERS[i]}](https://arxiv.org/abs/{i})" for i in paper.split())
+        parts += [f"| {link} | {claim} | `{command}`; {off} | {measured()}{'' if fresh(*some) else STALE} | {verdict} |"]
+    return "\n".join(parts) + "\n"
+
+
+CLAIMS = [                      # arXiv ids, claim, runs (the first is the one whose command is shown), how to turn it off, figures, verdict
+    ("1711.00937 1901.08810", "codes keep what is said and drop who says it", ["vqvae-toy", "vqvae-toy-none"],
+     "`--bottleneck none`; row `encoder`: before the codes",
+     lambda: f"speaker: codes {cell('vqvae-toy', 'codes')} %, encoder {cell('vqvae-toy', 'encoder')}, without a bottleneck "
+             f"{cell('vqvae-toy-none', 'codes')}; phones: {cell('vqvae-toy', 'codes', 'phone')}, {cell('vqvae-toy', 'encoder', 'phone')}, "
+             f"{cell('vqvae-toy-none', 'codes', 'phone')}", ""),
+    ("1711.00937", "the same on real speech", ["vqvae-digits"], "row `encoder`",
+     lambda: f"speaker: codes {cell('vqvae-digits', 'codes')} %, encoder {cell('vqvae-digits', 'encoder')}; heard as target "
+             f"{judged('vqvae-digits')}", ""),
+    ("1611.01144", "one-hot codes learn by straight-through Gumbel-softmax", ["vqvae-toy-onehot", "vqvae-toy"], "`--bottleneck vq`",
+     lambda: f"phones {cell('vqvae-toy-onehot', 'codes', 'phone')} % (VQ {cell('vqvae-toy', 'codes', 'phone')}), speaker "
+             f"{cell('vqvae-toy-onehot', 'codes')} (VQ {cell('vqvae-toy', 'codes')})", ""),
+    ("1709.07902", "mu2 is a speaker vector, and the discriminative term makes it one", ["fhvae-librispeech", "fhvae-librispeech-alpha0"],
+     "`--alpha 0`", lambda: f"EER of mu2 {cell('fhvae-librispeech', 'mu2', 'eer')} %, off {cell('fhvae-librispeech-alpha0', 'mu2', 'eer')}, "
+                            f"untrained {cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}", ""),
+    ("1709.07902", "the same on eight voices", ["fhvae-toy", "fhvae-toy-alpha0"], "`--alpha 0`",
+     lambda: f"EER of mu2 {cell('fhvae-toy', 'mu2', 'eer')} %, off {cell('fhvae-toy-alpha0', 'mu2', 'eer')}, log-mel "
+             f"{cell('fhvae-toy', 'log-mel', 'eer')}", ""),
+    ("1804.03201", "a table of a few sequences at a time does as well as one of all", ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000` (all)",
+     lambda: f"speaker from z1 {cell('fhvae-toy', 'z1')} %, off {cell('fhvae-toy-table', 'z1')}; heard as target {judged('fhvae-toy')}, "
+             f"off {judged('fhvae-toy-table')}", ""),
+    ("1804.02812", "the adversary removes the speaker from the latent", ["adversarial_vc-words", "adversarial_vc-words-none"], "`--adversary 0`",
+     lambda: f"speaker: linear probe {cell('adversarial_vc-words', 'content')} %, off {cell('adversarial_vc-words-none', 'content')}; a fresh "
+             f"classifier {metric('adversarial_vc-words', 'fresh_classifier', 'content')}, off "
+             f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}", ""),
+    ("1804.02812", "the GAN of stage 2 gives conversions the variance of speech", ["adversarial_vc-toy"], "stage 1 of the same run",
+     lambda: "mean |ln ratio| to real speech of the target: stage 2 " + ", ".join(
+         f"{run['metrics']['variance_error']['stage_2']:.2f}" for run in seeds_of("adversarial_vc-toy")) + "; stage 1 " + ", ".join(
+         f"{run['metrics']['variance_error']['stage_1']:.2f}" for run in seeds_of("adversarial_vc-toy")), ""),
+    ("1904.05742", "instance normalisation removes the speaker", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
+     lambda: f"speaker from content {cell('adain_vc-toy', 'content')} %, off {cell('adain_vc-toy-plain', 'content')}; phones "
+             f"{cell('adain_vc-toy', 'content', 'phone')}, off {cell('adain_vc-toy-plain', 'content', 'phone')}", ""),
+    ("1904.05742", "one recording of an unseen speaker is enough to convert to it", ["adain_vc-librispeech"], "copies, sources",
+     lambda: f"of 51 unseen speakers heard as target {judged('adain_vc-librispeech')} %, as source {judged('adain_vc-librispeech', 'source')}; "
+             f"copies as themselves {percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", ""),
+    ("1807.03748", "predicting the future learns phones", ["cpc-toy"], "untrained",
+     lambda: f"phones from c {cell('cpc-toy', 'c', 'phone')} %, untrained {cell('cpc-toy', 'c untrained', 'phone')}, log-mel "
+             f"{cell('cpc-toy', 'log-mel', 'phone')}", ""),
+    ("1807.03748", "where negatives come from matters; of other sequences alone is worst (Table 2)",
+     ["cpc-toy", "cpc-toy-batch", "cpc-toy-other"], "`--negatives batch`, `--negatives other-sequences`",
+     lambda: f"phones from c {cell('cpc-toy', 'c', 'phone')} %, batch {cell('cpc-toy-batch', 'c', 'phone')}, other sequences "
+             f"{cell('cpc-toy-other', 'c', 'phone')}; speaker {cell('cpc-toy', 'c')}, {cell('cpc-toy-batch', 'c')}, "
+             f"{cell('cpc-toy-other', 'c')}", ""),
+    ("2104.00355", "units hold little of the speaker, and F0 and a speaker vector make them another's speech", ["cpc-toy"], "row `c`: before k-means",
+     lambda: f"speaker from units {cell('cpc-toy', 'units')} %, from c {cell('cpc-toy', 'c')}; heard as target {judged('cpc-toy')}, as source "
+             f"{judged('cpc-toy', 'source')}", ""),
+    ("1808.06670", "the local objective makes a better representation than the global one", ["dim-toy", "dim-toy-global"], "`--alpha 1 --beta 0`",
+     lambda: f"EER of global {cell('dim-toy', 'global', 'eer')} %, off {cell('dim-toy-global', 'global', 'eer')}, untrained "
+             f"{cell('dim-toy', 'global untrained', 'eer')}", ""),
+    ("1808.06670", "the bound used matters little, with many negatives InfoNCE is best", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
+     "`--objective dv`, `--objective nce`", lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')} %, dv "
+                                                   f"{cell('dim-toy-dv', 'global', 'eer')}, nce {cell('dim-toy-nce', 'global', 'eer')}", ""),
+    ("1812.00271", "pieces of one utterance against pieces of others learn the speaker", ["dim-librispeech-cross", "dim-librispeech"], "`--pair same`",
+     lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')} %, of one crop {cell('dim-librispeech', 'global', 'eer')}, "
+             f"untrained {cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", ""),
+]
+
+
+def listing():
     """Markdown of every run in tests/results: for each script and data a table, and a line on each run. Runs that differ
     by their seed alone share a row, and the line is of the first. A run of an older text of its script is marked stale."""
-    groups, parts = {}, []
-    for path in sorted((ROOT / "tests" / "results").glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
-        run = json.loads(path.read_text())
+    groups = {}
+    parts = ["# Every run", "", "Of `result.json` files beside this one; each has the sha256 of the script that made it, below its docstring. "
+             "Rendered by `python tests/test_readme.py --write`.", ""]
+    for run in runs().values():
         groups.setdefault((run["script"], run["data"]["folder"], run["config"]["sample_rate"]), []).append(run)
-    percent = lambda values: "" if None in values else ", ".join(f"{value:.1%}" for value in values).replace("%,", ",")
-    for (script, folder, rate), runs in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
-        data, alike = runs[0]["data"], {}
-        for run in runs:
+    decimals = lambda values: "" if None in values else ", ".join(f"{value:.1%}" for value in values).replace("%,", ",")
+    for (script, folder, rate), group in sorted(groups.items(), key=lambda item: NAMES.index(item[0][0])):
+        data, alike = group[0]["data"], {}
+        for run in group:
             alike.setdefault(str({k: v for k, v in run["config"].items() if k not in ("seed", "out")}), []).append(run)
-        parts += [f"### `{script}.py` on {folder}", "", f"{data['minutes']} minutes of {data['speakers']} speakers, at "
+        parts += [f"## `{script}.py` on {folder}", "", f"{data['minutes']} minutes of {data['speakers']} speakers, at "
                   f"{rate} Hz.", "", "| run | | phone | speaker | EER |", "|---|---|---|---|---|"]
         for same in alike.values():
             names = [*same[0]["representations"]]
-            names = ["chance", *names] if same[0] is runs[0] else [name for name in names if name != "log-mel"]
+            names = ["chance", *names] if same[0] is group[0] else [name for name in names if name != "log-mel"]
             for i, name in enumerate(names):
                 rows = [run["chance"] if name == "chance" else run["representations"][name] for run in same]
                 rows = rows[:1] if name in ("chance", "log-mel") else rows
-                cells = [percent([row[k] for row in rows]) for k in ("phone", "speaker", "eer")]
+                cells = [decimals([row[k] for row in rows]) for k in ("phone", "speaker", "eer")]
                 parts += [f"| {title(same) if i == 0 else ''} | {name} | {' | '.join(cells)} |"]
         parts += [""]
         for run, *more in alike.values():
@@ -58,23 +242,46 @@ def render():
             for name, value in run["metrics"].items():
                 value = ", ".join(f"{k} {v:.2f}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4g}"
                 line += [f"{name} {value}".replace("_", " ")]
-            fresh = all(r["sha256"] == current(script) for r in (run, *more))
-            parts += [f"* {title([run])}{'' if fresh else ' **(stale: the script has changed since)**'}: {'; '.join(line)}."]
+            parts += [f"* {title([run])}{'' if fresh(run, *more) else STALE}: {'; '.join(line)}."]
         parts += [""]
     return "\n".join(parts)
 
 
-def title(runs):
-    seeds = ", ".join(str(run["config"]["seed"]) for run in runs[1:])
-    return f"`{runs[0]['command']}`" + f" and seeds {seeds}" * bool(seeds)
+def title(same):
+    seeds = ", ".join(str(run["config"]["seed"]) for run in same[1:])
+    return f"`{same[0]['command']}`" + f" and seeds {seeds}" * bool(seeds)
 
 
-def section():
-    return README.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+RENDERED = {"files": files, "comparison": comparison, "claims": claims}
+marks = lambda name: (f"<!-- {name}: rendered by python tests/test_readme.py --write -->\n", f"<!-- end of {name} -->\n")
 
 
-def test_results_are_those_of_the_runs():
-    assert section() == render(), "run python tests/test_readme.py --write"
+@pytest.mark.parametrize("name", RENDERED)
+def test_tables_are_those_of_the_runs(name):
+    begin, end = marks(name)
+    assert README.read_text().split(begin)[1].split(end)[0] == RENDERED[name](), "run python tests/test_readme.py --write"
+
+
+def test_listing_is_that_of_the_runs():
+    assert LISTING.read_text() == listing(), "run python tests/test_readme.py --write"
+
+
+def test_every_run_and_no_other_is_of_a_script():
+    assert {run["script"] for run in runs().values()} == set(SCRIPTS)
+    assert all(stem.startswith(f"{run['script']}-") for stem, run in runs().items())
+
+
+def test_a_changed_script_makes_its_rows_stale(monkeypatch):
+    """Of each table, the rows of that script and no others."""
+    monkeypatch.setattr(sys.modules[__name__], "current", lambda script: "x" if script == "dim" else real(script))
+    for text in (comparison(), listing(), claims()):
+        stale = [line for line in text.splitlines() if STALE in line]
+        assert stale and all("dim.py" in line for line in stale)
+        others = [line for line in text.splitlines() if re.match(r"\| `dim\.py`|\* `python dim\.py", line)]
+        assert all(STALE in line for line in others)
+
+
+real = current
 
 
 def test_every_script_is_listed_and_no_other():
@@ -131,7 +338,22 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert scope["codes"].shape == (50, 64) and scope["other"].shape == (8000,)
 
 
+def test_the_diffs_exist_and_differ_in_the_method_alone():
+    """Each `diff A B` of the README is of two scripts, and names functions and classes that stand in them."""
+    pairs = re.findall(r"`diff (\w+)\.py (\w+)\.py`(.*?)(?=\n\* |\n\n)", README.read_text(), re.S)
+    assert len(pairs) >= 5
+    for a, b, text in pairs:
+        assert a in SCRIPTS and b in SCRIPTS and a != b
+        both = (ROOT / f"{a}.py").read_text() + (ROOT / f"{b}.py").read_text()
+        for name in re.findall(r"`(\w+)`", text):
+            assert re.search(rf"^ *(def|class) {name}\b", both, re.M), name
+
+
 if __name__ == "__main__":
-    before, after = README.read_text().split(MARKS[0])[0], README.read_text().split(MARKS[1])[1]
-    README.write_text(before + MARKS[0] + render() + MARKS[1] + after)
-    print(f"{README.name} rendered", file=sys.stderr)
+    text = README.read_text()
+    for name, render in RENDERED.items():
+        begin, end = marks(name)
+        text = text.split(begin)[0] + begin + render() + end + text.split(end)[1]
+    README.write_text(text)
+    LISTING.write_text(listing())
+    print("rendered", file=sys.stderr)
