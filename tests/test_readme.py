@@ -27,14 +27,14 @@ FILES = {                       # script: papers, the idea in ten words or so, t
     "vqvae": ("1711.00937 1901.08810 1611.01144", "one of K codes per 20 ms, spoken by a WaveNet",
               "NLL of samples + code and commitment terms"),
     "fhvae": ("1709.07902 1804.03201", "two priors: one shared by a sequence, one by all segments",
-              "variational bound + which sequence is z2 from"),
+              "variational bound + log q(sequence given z2)"),
     "adversarial_vc": ("1804.02812", "encoder misleads a speaker classifier; then a GAN sharpens",
                        "L1 - w cross-entropy; then WGAN-GP + cross-entropy"),
     "adain_vc": ("1904.05742", "instance norm removes the speaker, AdaIN puts another in", "L1 + KL"),
     "cpc": ("1807.03748 2104.00355", "tell the future from other frames; decode clusters, F0, speaker",
             "InfoNCE; then L1 of a decoder"),
-    "dim": ("1808.06670 1812.00271", "a critic tells whose embedding it is; nothing is decoded",
-            "JSD, DV or InfoNCE bound of mutual information")}
+    "dim": ("1808.06670 1812.00271", "a critic tells whose embedding it is; no decoder in training",
+            "JSD, DV or InfoNCE: bounds of (a function of) mutual information")}
 
 
 def current(script):
@@ -72,7 +72,7 @@ def method_lines(script):
 
 def files():
     """The six files: paper, idea, objective, lines, parameters."""
-    parts = ["| file | papers | idea | objective | lines: method, all | parameters |", "|---|---|---|---|---|---|"]
+    parts = ["| file | papers | idea | objective | lines: of the method, in all | parameters |", "|---|---|---|---|---|---|"]
     for script in SCRIPTS:
         ids, idea, objective = FILES[script]
         m = importlib.import_module(script)
@@ -86,7 +86,7 @@ def files():
 def comparison():
     """For each data set the same measures of all six, seeds side by side, the untrained model's in brackets."""
     parts = []
-    for data, about in (("toy", "synthetic voices, EER of four unseen ones"), ("words", "Arabic words of a second, EER of six unseen speakers"),
+    for data, about in (("toy", "synthetic voices, EER of four unseen ones"), ("words", "single Arabic words, EER of six unseen speakers"),
                         ("librispeech", "three seconds each, EER of 51 unseen speakers, one recording each"),
                         ("digits", "strings of English digits, EER of the six training speakers")):
         mine = {script: group for script in SCRIPTS if (group := seeds_of(f"{script}-{data}"))}
@@ -125,86 +125,111 @@ def comparison():
 
 
 def cell(name, row, key="speaker"):
-    """Percentages of one row of the probes in a run and its other seeds."""
-    return of_seeds([run["representations"][row][key] for run in seeds_of(name)])
+    """Percentages of one row of the probes in a run and its other seeds, as 1/2/3."""
+    return slashed([run["representations"][row][key] for run in seeds_of(name)])
+
+
+def slashed(values):
+    return of_seeds(values).replace(", ", "/")
 
 
 def judged(name, key="target"):
-    return of_seeds([run["conversion"][key] for run in seeds_of(name)])
+    return slashed([run["conversion"][key] for run in seeds_of(name)])
 
 
 def metric(name, *path):
     """Percentages of one figure of the metrics in a run and its other seeds."""
-    return of_seeds([functools.reduce(lambda d, k: d[k], path, run["metrics"]) for run in seeds_of(name)])
+    return slashed([functools.reduce(lambda d, k: d[k], path, run["metrics"]) for run in seeds_of(name)])
 
 
 def claims():
     """One row for each claim, its figures from the runs; CLAIMS has the verdicts."""
-    parts = ["| paper | it claims | on, and off | measured | holds |", "|---|---|---|---|---|"]
-    for paper, claim, names, off, measured, verdict in CLAIMS:
+    parts = ["| paper | it claims | run, and control | measured (%) | holds here |", "|---|---|---|---|---|"]
+    for paper, claim, names, control, measured, verdict in CLAIMS:
         some = [run for name in names for run in seeds_of(name)]
-        assert some and all(seeds_of(name) for name in names), names
-        command = runs()[names[0]]["command"].replace("|", "/")
+        assert verdict and all(seeds_of(name) for name in names), (claim, names)
+        command = re.sub(r" --(out|log-every) \S+", "", runs()[names[0]]["command"])
         link = ", ".join(f"[{PAPERS[i]}](https://arxiv.org/abs/{i})" for i in paper.split())
-        parts += [f"| {link} | {claim} | `{command}`; {off} | {measured()}{'' if fresh(*some) else STALE} | {verdict} |"]
+        parts += [f"| {link} | {claim} | `{command}`; {control} | {measured()}{'' if fresh(*some) else STALE} | {verdict} |"]
     return "\n".join(parts) + "\n"
 
 
-CLAIMS = [                      # arXiv ids, claim, runs (the first is the one whose command is shown), how to turn it off, figures, verdict
+def figures(name, key, *rows):
+    """'row 12/13/14' for each row of the probes."""
+    return ", ".join(f"{row} {cell(name, row, key)}" for row in rows)
+
+
+def values(name, *path, digits=2):
+    return "/".join(f"{functools.reduce(lambda d, k: d[k], path, run['metrics']):.{digits}f}" for run in seeds_of(name))
+
+
+CLAIMS = [                      # arXiv ids, claim, runs (the command of the first is shown), control, figures, verdict
     ("1711.00937 1901.08810", "codes keep what is said and drop who says it", ["vqvae-toy", "vqvae-toy-none"],
-     "`--bottleneck none`; row `encoder`: before the codes",
-     lambda: f"speaker: codes {cell('vqvae-toy', 'codes')} %, encoder {cell('vqvae-toy', 'encoder')}, without a bottleneck "
-             f"{cell('vqvae-toy-none', 'codes')}; phones: {cell('vqvae-toy', 'codes', 'phone')}, {cell('vqvae-toy', 'encoder', 'phone')}, "
-             f"{cell('vqvae-toy-none', 'codes', 'phone')}", ""),
-    ("1711.00937", "the same on real speech", ["vqvae-digits"], "row `encoder`",
-     lambda: f"speaker: codes {cell('vqvae-digits', 'codes')} %, encoder {cell('vqvae-digits', 'encoder')}; heard as target "
-             f"{judged('vqvae-digits')}", ""),
-    ("1611.01144", "one-hot codes learn by straight-through Gumbel-softmax", ["vqvae-toy-onehot", "vqvae-toy"], "`--bottleneck vq`",
-     lambda: f"phones {cell('vqvae-toy-onehot', 'codes', 'phone')} % (VQ {cell('vqvae-toy', 'codes', 'phone')}), speaker "
-             f"{cell('vqvae-toy-onehot', 'codes')} (VQ {cell('vqvae-toy', 'codes')})", ""),
-    ("1709.07902", "mu2 is a speaker vector, and the discriminative term makes it one", ["fhvae-librispeech", "fhvae-librispeech-alpha0"],
-     "`--alpha 0`", lambda: f"EER of mu2 {cell('fhvae-librispeech', 'mu2', 'eer')} %, off {cell('fhvae-librispeech-alpha0', 'mu2', 'eer')}, "
-                            f"untrained {cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}", ""),
-    ("1709.07902", "the same on eight voices", ["fhvae-toy", "fhvae-toy-alpha0"], "`--alpha 0`",
-     lambda: f"EER of mu2 {cell('fhvae-toy', 'mu2', 'eer')} %, off {cell('fhvae-toy-alpha0', 'mu2', 'eer')}, log-mel "
-             f"{cell('fhvae-toy', 'log-mel', 'eer')}", ""),
-    ("1804.03201", "a table of a few sequences at a time does as well as one of all", ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000` (all)",
-     lambda: f"speaker from z1 {cell('fhvae-toy', 'z1')} %, off {cell('fhvae-toy-table', 'z1')}; heard as target {judged('fhvae-toy')}, "
-             f"off {judged('fhvae-toy-table')}", ""),
-    ("1804.02812", "the adversary removes the speaker from the latent", ["adversarial_vc-words", "adversarial_vc-words-none"], "`--adversary 0`",
-     lambda: f"speaker: linear probe {cell('adversarial_vc-words', 'content')} %, off {cell('adversarial_vc-words-none', 'content')}; a fresh "
-             f"classifier {metric('adversarial_vc-words', 'fresh_classifier', 'content')}, off "
-             f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}", ""),
-    ("1804.02812", "the GAN of stage 2 gives conversions the variance of speech", ["adversarial_vc-toy"], "stage 1 of the same run",
-     lambda: "mean |ln ratio| to real speech of the target: stage 2 " + ", ".join(
-         f"{run['metrics']['variance_error']['stage_2']:.2f}" for run in seeds_of("adversarial_vc-toy")) + "; stage 1 " + ", ".join(
-         f"{run['metrics']['variance_error']['stage_1']:.2f}" for run in seeds_of("adversarial_vc-toy")), ""),
-    ("1904.05742", "instance normalisation removes the speaker", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
-     lambda: f"speaker from content {cell('adain_vc-toy', 'content')} %, off {cell('adain_vc-toy-plain', 'content')}; phones "
-             f"{cell('adain_vc-toy', 'content', 'phone')}, off {cell('adain_vc-toy-plain', 'content', 'phone')}", ""),
-    ("1904.05742", "one recording of an unseen speaker is enough to convert to it", ["adain_vc-librispeech"], "copies, sources",
-     lambda: f"of 51 unseen speakers heard as target {judged('adain_vc-librispeech')} %, as source {judged('adain_vc-librispeech', 'source')}; "
-             f"copies as themselves {percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", ""),
+     "row `encoder`, before the codes; `--bottleneck none`",
+     lambda: f"speaker: {figures('vqvae-toy', 'speaker', 'codes', 'encoder', 'codes untrained')}, no bottleneck "
+             f"{cell('vqvae-toy-none', 'codes')}; phones: {figures('vqvae-toy', 'phone', 'codes', 'encoder', 'codes untrained')}, no "
+             f"bottleneck {cell('vqvae-toy-none', 'codes', 'phone')}", "@@"),
+    ("1711.00937", "on real speech too, and another speaker can be put in", ["vqvae-digits"], "row `encoder`; copies",
+     lambda: f"speaker: {figures('vqvae-digits', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard as target "
+             f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}", "@@"),
+    ("1611.01144", "one-hot codes can be learned, by straight-through Gumbel-softmax", ["vqvae-toy-onehot", "vqvae-toy"],
+     "untrained; `--bottleneck vq`",
+     lambda: f"phones: {figures('vqvae-toy-onehot', 'phone', 'codes', 'codes untrained')}, VQ {cell('vqvae-toy', 'codes', 'phone')}; "
+             f"speaker: {figures('vqvae-toy-onehot', 'speaker', 'codes', 'encoder')}, VQ {cell('vqvae-toy', 'codes')}", "@@"),
+    ("1709.07902", "mu2 tells unseen speakers apart without labels, and better with the discriminative term",
+     ["fhvae-librispeech", "fhvae-librispeech-alpha0"], "`--alpha 0`",
+     lambda: f"EER of mu2 {cell('fhvae-librispeech', 'mu2', 'eer')}, control {cell('fhvae-librispeech-alpha0', 'mu2', 'eer')}, untrained "
+             f"{cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}; of mu1 "
+             f"{metric('fhvae-librispeech', 'eer', 'mu1')}, control {metric('fhvae-librispeech-alpha0', 'eer', 'mu1')}", "@@"),
+    ("1709.07902", "z1 keeps what is said; shifting z2 converts", ["fhvae-toy"], "untrained; copies",
+     lambda: f"phones: {figures('fhvae-toy', 'phone', 'z1', 'z2', 'z1 untrained')}; speaker: "
+             f"{figures('fhvae-toy', 'speaker', 'z1', 'z2', 'z1 untrained')}; heard as target {judged('fhvae-toy')}, as source "
+             f"{judged('fhvae-toy', 'source')}", "@@"),
+    ("1804.03201", "a table of a few sequences at a time suffices", ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000`: all at once",
+     lambda: f"EER of mu2 {cell('fhvae-toy', 'mu2', 'eer')}, all {cell('fhvae-toy-table', 'mu2', 'eer')}; speaker from z1 "
+             f"{cell('fhvae-toy', 'z1')}, all {cell('fhvae-toy-table', 'z1')}; heard as target {judged('fhvae-toy')}, all "
+             f"{judged('fhvae-toy-table')}", "@@"),
+    ("1804.02812", "the adversary removes the speaker from the latent", ["adversarial_vc-words", "adversarial_vc-words-none"],
+     "`--adversary 0` (the authors' weight is 0.01)",
+     lambda: f"speaker, linear probe: {figures('adversarial_vc-words', 'speaker', 'content', 'content untrained')}, control "
+             f"{cell('adversarial_vc-words-none', 'content')}; fresh classifier: {metric('adversarial_vc-words', 'fresh_classifier', 'content')}, "
+             f"untrained {metric('adversarial_vc-words', 'fresh_classifier', 'untrained')}, control "
+             f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}; phones {cell('adversarial_vc-words', 'content', 'phone')}, "
+             f"control {cell('adversarial_vc-words-none', 'content', 'phone')}", "@@"),
+    ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech", ["adversarial_vc-toy"], "stage 1 of the same run",
+     lambda: f"mean |ln ratio| of the variance over time to real speech of the target: {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
+             f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')} (no %)", "@@"),
+    ("1904.05742", "instance normalisation removes the speaker from the content", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
+     lambda: f"speaker: {figures('adain_vc-toy', 'speaker', 'content', 'content untrained')}, control {cell('adain_vc-toy-plain', 'content')}; "
+             f"phones: {figures('adain_vc-toy', 'phone', 'content', 'content untrained')}, control "
+             f"{cell('adain_vc-toy-plain', 'content', 'phone')}", "@@"),
+    ("1904.05742", "one recording of an unseen speaker is enough to convert to that voice", ["adain_vc-librispeech"], "none; compare the copies",
+     lambda: f"24 conversions between 51 unseen speakers: heard as target {judged('adain_vc-librispeech')}, as source "
+             f"{judged('adain_vc-librispeech', 'source')}; copies as their own speaker "
+             f"{percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", "@@"),
     ("1807.03748", "predicting the future learns phones", ["cpc-toy"], "untrained",
-     lambda: f"phones from c {cell('cpc-toy', 'c', 'phone')} %, untrained {cell('cpc-toy', 'c untrained', 'phone')}, log-mel "
-             f"{cell('cpc-toy', 'log-mel', 'phone')}", ""),
-    ("1807.03748", "where negatives come from matters; of other sequences alone is worst (Table 2)",
+     lambda: f"phones: {figures('cpc-toy', 'phone', 'c', 'c untrained', 'log-mel')}", "@@"),
+    ("1807.03748", "it matters where negatives come from: other sequences alone are worst for phones (Table 2)",
      ["cpc-toy", "cpc-toy-batch", "cpc-toy-other"], "`--negatives batch`, `--negatives other-sequences`",
-     lambda: f"phones from c {cell('cpc-toy', 'c', 'phone')} %, batch {cell('cpc-toy-batch', 'c', 'phone')}, other sequences "
-             f"{cell('cpc-toy-other', 'c', 'phone')}; speaker {cell('cpc-toy', 'c')}, {cell('cpc-toy-batch', 'c')}, "
-             f"{cell('cpc-toy-other', 'c')}", ""),
-    ("2104.00355", "units hold little of the speaker, and F0 and a speaker vector make them another's speech", ["cpc-toy"], "row `c`: before k-means",
-     lambda: f"speaker from units {cell('cpc-toy', 'units')} %, from c {cell('cpc-toy', 'c')}; heard as target {judged('cpc-toy')}, as source "
-             f"{judged('cpc-toy', 'source')}", ""),
-    ("1808.06670", "the local objective makes a better representation than the global one", ["dim-toy", "dim-toy-global"], "`--alpha 1 --beta 0`",
-     lambda: f"EER of global {cell('dim-toy', 'global', 'eer')} %, off {cell('dim-toy-global', 'global', 'eer')}, untrained "
-             f"{cell('dim-toy', 'global untrained', 'eer')}", ""),
-    ("1808.06670", "the bound used matters little, with many negatives InfoNCE is best", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
-     "`--objective dv`, `--objective nce`", lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')} %, dv "
-                                                   f"{cell('dim-toy-dv', 'global', 'eer')}, nce {cell('dim-toy-nce', 'global', 'eer')}", ""),
-    ("1812.00271", "pieces of one utterance against pieces of others learn the speaker", ["dim-librispeech-cross", "dim-librispeech"], "`--pair same`",
-     lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')} %, of one crop {cell('dim-librispeech', 'global', 'eer')}, "
-             f"untrained {cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", ""),
+     lambda: f"phones from c: the sequence {cell('cpc-toy', 'c', 'phone')}, batch {cell('cpc-toy-batch', 'c', 'phone')}, other sequences "
+             f"{cell('cpc-toy-other', 'c', 'phone')}; speaker from c: {cell('cpc-toy', 'c')}, batch {cell('cpc-toy-batch', 'c')}, other "
+             f"sequences {cell('cpc-toy-other', 'c')}", "@@"),
+    ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech", ["cpc-toy"],
+     "row `c`, before k-means; copies",
+     lambda: f"speaker: {figures('cpc-toy', 'speaker', 'units', 'c', 'units untrained')}; heard as target {judged('cpc-toy')}, as source "
+             f"{judged('cpc-toy', 'source')}", "@@"),
+    ("1808.06670", "the local objective gives a better representation than the global one (there: of images)", ["dim-toy", "dim-toy-global"],
+     "`--alpha 1 --beta 0`: global",
+     lambda: f"EER of global {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
+             f"{cell('dim-toy', 'global untrained', 'eer')}", "@@"),
+    ("1808.06670", "JSD, DV and InfoNCE can each be the objective", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
+     "`--objective dv`, `--objective nce`; untrained",
+     lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')}, dv {cell('dim-toy-dv', 'global', 'eer')}, nce "
+             f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}", "@@"),
+    ("1812.00271", "pieces of one utterance against pieces of others teach the speaker (by our `--pair cross`, D6)",
+     ["dim-librispeech-cross", "dim-librispeech"], "`--pair same`; untrained",
+     lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')}, same {cell('dim-librispeech', 'global', 'eer')}, untrained "
+             f"{cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", "@@"),
 ]
 
 
