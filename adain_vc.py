@@ -54,24 +54,13 @@ is read worse than in a run with --instance-norm false.
     python adain_vc.py --data DIR --test DIR2           any folder of audio, the authors' size, for a GPU
     python adain_vc.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
 
-Measured on 2 CPU threads, not on a GPU. Toy corpus, seeds 0, 1, 2: from `content` the speaker is read in 31,
-27, 23 % (chance 12; untrained 25, 18, 25), without instance norm in 89, 74, 81 % (untrained 89, 90, 94): it
-is the norm that drops the speaker, not the training. The norm drops phones too, and training brings them
-back: 59 to 65 % untrained, then 83 to 84 (without the norm 83 to 84, then 86 to 87). From `speaker` the
-speaker is read in 98 to 100 %, untrained too; its EER on four unseen voices is 34 % (log-mel 44, untrained
-37 to 44). Of conversions between these 71, 83, 88 % are heard as the target, 8, 8, 0 % as the source. They
-keep the phone in 62 to 67 % of the frames, reconstructions in 92 to 93: e also tells what was said, as l1 is
-0.14 with the own embedding, 0.34 with another recording's of the same speaker, 0.37 with another speaker's.
-More of the target helps: all its 20 recordings for one (seed 0, all 80 test utterances; apart, not in
-result.json): heard as the target 94 for 82 %, phones kept 78 for 66 %. --instance-norm false converts as
-well, for the decoder's own norms force the speaker through e.
-Real speech, TOY's size, 4000 steps, five minutes, unseen speakers:
-              EER: speaker   untrained   log-mel   l1: own, same, another   heard as target, source (copy)
-LibriSpeech, 51      10 %        20 %      23 %      0.22, 0.34, 0.49        50 %,  0 %  (79 %)
-Arabic words, 6      20 %        28 %      31 %      0.21, 0.42, 0.59        33 %,  4 %  (96 %)
-From `content` the speaker is read there in 3 % (chance 0.5; untrained 3; without instance norm 78, untrained
-59) and 26 % (chance 5.6; untrained 23), from `speaker` in 93 and 98 % (untrained 82 and 94). Words are not
-read from a frame of `content`: 47 %, chance 46, log-mel 50.
+Measured on CPU threads, not on a GPU, at TOY's size, seed 0. Toy corpus: from `content` the speaker is read
+in 31 % (chance 12, untrained 25), without instance norm in 91 % (untrained 89): it is the norm that drops
+the speaker, not the training, which brings back the phones, 59 to 83 % (83 to 86). Unseen speakers: EER of
+`speaker` 34 % on toy (untrained 43, log-mel 44), 11 % on LibriSpeech (20, 23), 20 % on words (28, 31); heard
+as the target 71, 50, 33 %, as the source 8, 0, 4 %. Negative: e also tells what was said (l1 on toy: own
+0.14, same speaker 0.34, another speaker 0.37); no word is read from a frame of `content` of words; and on
+digits the speaker is, in 94 %.
 """
 import argparse
 import base64

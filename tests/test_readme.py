@@ -96,12 +96,11 @@ def comparison():
                   "|---|---|---|---|---|---|---|---|---|---|"]
         row = lambda name, cells: parts.append(f"| {name} | {' | '.join(cells)} |")
         keys, base = ("phone", "speaker", "eer"), {}
+        row("chance", [*(percent(next(iter(mine.values()))[0]["chance"][k]) for k in keys), *[""] * 6])
         for script, group in mine.items():                                   # what the input says differs with its sampling
-            for name, values in ("chance", group[0]["chance"]), ("log-mel", group[0]["representations"]["log-mel"]):
-                base.setdefault((name, tuple(percent(values[k]) for k in keys)), []).append(script)
-        for name, cells in sorted(base):
-            who = base[name, cells]
-            row(name if len(who) == len(mine) else f"{name} of {', '.join(f'`{s}.py`' for s in who)}", [*cells, *[""] * 6])
+            base.setdefault(tuple(percent(group[0]["representations"]["log-mel"][k]) for k in keys), []).append(f"`{script}.py`")
+        for cells, who in base.items():
+            row("log-mel" if len(who) == len(mine) else f"log-mel of {', '.join(who)}", [*cells, *[""] * 6])
         for script, group in mine.items():
             names = [name for name in group[0]["representations"] if name != "log-mel" and not name.endswith(" untrained")]
             for name in names:
@@ -168,68 +167,68 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
      "row `encoder`, before the codes; `--bottleneck none`",
      lambda: f"speaker: {figures('vqvae-toy', 'speaker', 'codes', 'encoder', 'codes untrained')}, no bottleneck "
              f"{cell('vqvae-toy-none', 'codes')}; phones: {figures('vqvae-toy', 'phone', 'codes', 'encoder', 'codes untrained')}, no "
-             f"bottleneck {cell('vqvae-toy-none', 'codes', 'phone')}", "@@"),
+             f"bottleneck {cell('vqvae-toy-none', 'codes', 'phone')}", "partly: the speaker falls further than the phones, and training adds the phones"),
     ("1711.00937", "on real speech too, and another speaker can be put in", ["vqvae-digits"], "row `encoder`; copies",
      lambda: f"speaker: {figures('vqvae-digits', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard as target "
-             f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}", "@@"),
+             f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}", "half: codes keep the speaker, conversions are the target's"),
     ("1611.01144", "one-hot codes can be learned, by straight-through Gumbel-softmax", ["vqvae-toy-onehot", "vqvae-toy"],
      "untrained; `--bottleneck vq`",
      lambda: f"phones: {figures('vqvae-toy-onehot', 'phone', 'codes', 'codes untrained')}, VQ {cell('vqvae-toy', 'codes', 'phone')}; "
-             f"speaker: {figures('vqvae-toy-onehot', 'speaker', 'codes', 'encoder')}, VQ {cell('vqvae-toy', 'codes')}", "@@"),
+             f"speaker: {figures('vqvae-toy-onehot', 'speaker', 'codes', 'encoder')}, VQ {cell('vqvae-toy', 'codes')}", "yes, worse than VQ, and they keep the speaker"),
     ("1709.07902", "mu2 tells unseen speakers apart without labels, and better with the discriminative term",
      ["fhvae-librispeech", "fhvae-librispeech-alpha0"], "`--alpha 0`",
      lambda: f"EER of mu2 {cell('fhvae-librispeech', 'mu2', 'eer')}, control {cell('fhvae-librispeech-alpha0', 'mu2', 'eer')}, untrained "
              f"{cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}; of mu1 "
-             f"{metric('fhvae-librispeech', 'eer', 'mu1')}, control {metric('fhvae-librispeech-alpha0', 'eer', 'mu1')}", "@@"),
+             f"{metric('fhvae-librispeech', 'eer', 'mu1')}, control {metric('fhvae-librispeech-alpha0', 'eer', 'mu1')}", "yes; LDA of log-mel, told the training speakers, has 5.9"),
     ("1709.07902", "z1 keeps what is said; shifting z2 converts", ["fhvae-toy"], "untrained; copies",
      lambda: f"phones: {figures('fhvae-toy', 'phone', 'z1', 'z2', 'z1 untrained')}; speaker: "
              f"{figures('fhvae-toy', 'speaker', 'z1', 'z2', 'z1 untrained')}; heard as target {judged('fhvae-toy')}, as source "
-             f"{judged('fhvae-toy', 'source')}", "@@"),
+             f"{judged('fhvae-toy', 'source')}", "yes, but z1 keeps some of the speaker, z2 some of the phones"),
     ("1804.03201", "a table of a few sequences at a time suffices", ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000`: all at once",
      lambda: f"EER of mu2 {cell('fhvae-toy', 'mu2', 'eer')}, all {cell('fhvae-toy-table', 'mu2', 'eer')}; speaker from z1 "
              f"{cell('fhvae-toy', 'z1')}, all {cell('fhvae-toy-table', 'z1')}; heard as target {judged('fhvae-toy')}, all "
-             f"{judged('fhvae-toy-table')}", "@@"),
+             f"{judged('fhvae-toy-table')}", "yes: with all at once z2 is hardly used at this budget, conversion fails"),
     ("1804.02812", "the adversary removes the speaker from the latent", ["adversarial_vc-words", "adversarial_vc-words-none"],
      "`--adversary 0` (the authors' weight is 0.01)",
      lambda: f"speaker, linear probe: {figures('adversarial_vc-words', 'speaker', 'content', 'content untrained')}, control "
              f"{cell('adversarial_vc-words-none', 'content')}; fresh classifier: {metric('adversarial_vc-words', 'fresh_classifier', 'content')}, "
              f"untrained {metric('adversarial_vc-words', 'fresh_classifier', 'untrained')}, control "
              f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}; phones {cell('adversarial_vc-words', 'content', 'phone')}, "
-             f"control {cell('adversarial_vc-words-none', 'content', 'phone')}", "@@"),
+             f"control {cell('adversarial_vc-words-none', 'content', 'phone')}", "yes, at ten times the authors' weight; phones fall too"),
     ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech", ["adversarial_vc-toy"], "stage 1 of the same run",
-     lambda: f"mean |ln ratio| of the variance over time to real speech of the target: {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
-             f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')} (no %)", "@@"),
+     lambda: f"mean absolute ln ratio of the variance over time to real speech of the target (no %): {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
+             f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')}", "hardly: by 3 % at this budget"),
     ("1904.05742", "instance normalisation removes the speaker from the content", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
      lambda: f"speaker: {figures('adain_vc-toy', 'speaker', 'content', 'content untrained')}, control {cell('adain_vc-toy-plain', 'content')}; "
              f"phones: {figures('adain_vc-toy', 'phone', 'content', 'content untrained')}, control "
-             f"{cell('adain_vc-toy-plain', 'content', 'phone')}", "@@"),
+             f"{cell('adain_vc-toy-plain', 'content', 'phone')}", "yes, and so it does untrained: the norm does it, not the training"),
     ("1904.05742", "one recording of an unseen speaker is enough to convert to that voice", ["adain_vc-librispeech"], "none; compare the copies",
      lambda: f"24 conversions between 51 unseen speakers: heard as target {judged('adain_vc-librispeech')}, as source "
              f"{judged('adain_vc-librispeech', 'source')}; copies as their own speaker "
-             f"{percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", "@@"),
+             f"{percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", "yes: half of the conversions, where 79 of the copies are heard as their speaker"),
     ("1807.03748", "predicting the future learns phones", ["cpc-toy"], "untrained",
-     lambda: f"phones: {figures('cpc-toy', 'phone', 'c', 'c untrained', 'log-mel')}", "@@"),
+     lambda: f"phones: {figures('cpc-toy', 'phone', 'c', 'c untrained', 'log-mel')}", "yes, though log-mel has as much"),
     ("1807.03748", "it matters where negatives come from: other sequences alone are worst for phones (Table 2)",
      ["cpc-toy", "cpc-toy-batch", "cpc-toy-other"], "`--negatives batch`, `--negatives other-sequences`",
      lambda: f"phones from c: the sequence {cell('cpc-toy', 'c', 'phone')}, batch {cell('cpc-toy-batch', 'c', 'phone')}, other sequences "
              f"{cell('cpc-toy-other', 'c', 'phone')}; speaker from c: {cell('cpc-toy', 'c')}, batch {cell('cpc-toy-batch', 'c')}, other "
-             f"sequences {cell('cpc-toy-other', 'c')}", "@@"),
+             f"sequences {cell('cpc-toy-other', 'c')}", "yes"),
     ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech", ["cpc-toy"],
      "row `c`, before k-means; copies",
      lambda: f"speaker: {figures('cpc-toy', 'speaker', 'units', 'c', 'units untrained')}; heard as target {judged('cpc-toy')}, as source "
-             f"{judged('cpc-toy', 'source')}", "@@"),
+             f"{judged('cpc-toy', 'source')}", "yes (not on real speech at this size: see the tables)"),
     ("1808.06670", "the local objective gives a better representation than the global one (there: of images)", ["dim-toy", "dim-toy-global"],
      "`--alpha 1 --beta 0`: global",
      lambda: f"EER of global {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
-             f"{cell('dim-toy', 'global untrained', 'eer')}", "@@"),
+             f"{cell('dim-toy', 'global untrained', 'eer')}", "yes for the speaker; the global objective decodes better (R2 in the listing)"),
     ("1808.06670", "JSD, DV and InfoNCE can each be the objective", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
      "`--objective dv`, `--objective nce`; untrained",
      lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')}, dv {cell('dim-toy-dv', 'global', 'eer')}, nce "
-             f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}", "@@"),
+             f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}", "yes; jsd best here"),
     ("1812.00271", "pieces of one utterance against pieces of others teach the speaker (by our `--pair cross`, D6)",
      ["dim-librispeech-cross", "dim-librispeech"], "`--pair same`; untrained",
      lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')}, same {cell('dim-librispeech', 'global', 'eer')}, untrained "
-             f"{cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", "@@"),
+             f"{cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", "yes, but one crop alone does as well"),
 ]
 
 
