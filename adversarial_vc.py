@@ -62,7 +62,7 @@ over time of each frequency (metrics.variance) and bring it nearer to real speec
 
 Measured on CPU threads, not on a GPU, at TOY's size, seed 0. Words, --adversary 0.1 (beside 0): a fresh
 classifier-1 names the speaker in 7 % (18; untrained 10, chance 6), a linear probe in 36 % (60; untrained 18),
-phones are read in 52 % (56; untrained 47), conversions heard as the target in 75 % (75). Negative: on digits
+phones are read in 53 % (56; untrained 47), conversions heard as the target in 75 % (75). Negative: on digits
 a linear probe still reads 94 %; on toy InstanceNorm leaves the adversary nothing to remove.
 """
 import argparse
