@@ -44,7 +44,7 @@ D4  Any length is converted and comes out as long: x is repeated to 9 frames, a 
 D5  Griffin-Lim with momentum from a random phase, de-emphasis in the spectrum. The authors: 300 plain rounds
     from phase 0, a recursive filter, silence trimmed.
 D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made. With the
-    usual start the critic is steep and leads the generator astray (toy: a mean penalty of 58 over 25 steps).
+    usual start the critic is steep and leads the generator astray (trial: mean penalty of 58 over 25 steps).
 The paper does not say, or not to us
 U1  Its batch: 32, as in the authors' configuration; their script takes 16.
 

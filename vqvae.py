@@ -25,7 +25,7 @@ is given the decoder's gradient at its code. Converting a voice is decoding its 
 
 Differs from the papers. Of 1901.08810 we had later work and implementations, not the text.
 D1  The encoder's convolutions, and its output before the projection to D, are batch-normalised, on each GPU
-    by its own batch, no scale or shift. With the last alone the residual sums grew from 0.4 to 114 (toy run).
+    by its own batch, no scale or shift. With the last alone the residual sums grew from 0.4 to 114 (a trial).
 D2  A code that is hardly used moves to a random latent of the batch; the first codes are latents of the data.
 D3  Counts are Laplace-smoothed in the division, so that no code is divided by nothing.
 D4  Codes by moving averages, in 1711.00937 a variant (A.1); --codebook gradient is the 2nd term of L.
