@@ -54,13 +54,14 @@ is read worse than in a run with --instance-norm false.
     python adain_vc.py --data DIR --test DIR2           any folder of audio, the authors' size, for a GPU
     python adain_vc.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
 
-Measured on CPU threads, not on a GPU, at TOY's size, seed 0. Toy corpus: from `content` the speaker is read
-in 31 % (chance 12, untrained 25), without instance norm in 91 % (untrained 89): it is the norm that drops
-the speaker, not the training, which brings back the phones, 59 to 83 % (83 to 87). Unseen speakers: EER of
-`speaker` 34 % on toy (untrained 43, log-mel 44), 11 % on LibriSpeech (20, 23), 20 % on words (28, 31); heard
-as the target 71, 50, 33 %, as the source 8, 0, 4 %. Negative: e also tells what was said (l1 on toy: own
-0.14, same speaker 0.34, another speaker 0.37); no word is read from a frame of `content` of words; and on
-digits the speaker is, in 94 %.
+Measured on CPU threads, not on a GPU, at TOY's size. Toy corpus, seeds 0, 1, 2: from `content` the speaker
+is read in 31, 24, 28 % (chance 12, untrained 25, 18, 25), without instance norm in 91, 74, 76 % (untrained
+89, 90, 94): it is the norm that drops the speaker, not the training, which brings back the phones, 59 to 83
+% (83 to 87). Seed 0, unseen speakers: EER of `speaker` 34 % on toy (untrained 43, log-mel 44), 11 % on
+LibriSpeech (20, 23), 20 % on words (28, 31); heard as the target 71, 50, 33 %, as the source 8, 0, 4 %.
+Negative: without the norm as many are (67 % on toy, 54 % on LibriSpeech); e also tells what was said (l1 on
+toy: own 0.14, same speaker 0.34, another speaker 0.37); no word is read from a frame of `content` of words;
+and on digits the speaker is, in 94 %.
 """
 import argparse
 import base64

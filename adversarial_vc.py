@@ -60,10 +60,12 @@ over time of each frequency (metrics.variance) and bring it nearer to real speec
     python adversarial_vc.py --data DIR                 any folder of audio, the authors' size, for a GPU
     python adversarial_vc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
 
-Measured on CPU threads, not on a GPU, at TOY's size, seed 0. Words, --adversary 0.1 (beside 0): a fresh
-classifier-1 names the speaker in 7 % (18; untrained 10, chance 6), a linear probe in 36 % (60; untrained 18),
-phones are read in 53 % (56; untrained 47), conversions heard as the target in 75 % (75). Negative: on digits
-a linear probe still reads 94 %; on toy InstanceNorm leaves the adversary nothing to remove.
+Measured on CPU threads, not on a GPU, at TOY's size, seeds 0, 1. Words, --adversary 0.1 (beside 0): a fresh
+classifier-1 names the speaker in 7, 7 % (18, 16; untrained 10, 6; chance 6), a linear probe in 36, 33 % (60,
+59; untrained 18, 25), phones are read in 53, 53 % (56, 56; untrained 47, 47). Negative: conversions are
+heard as the target in 75, 50 %, and without the adversary as often; on digits the linear probe still reads
+94 % (98, a fresh classifier 16 for 72); on toy InstanceNorm leaves the adversary nothing to remove; stage 2
+hardly helps.
 """
 import argparse
 import base64

@@ -162,6 +162,11 @@ def values(name, *path, digits=2):
     return "/".join(f"{functools.reduce(lambda d, k: d[k], path, run['metrics']):.{digits}f}" for run in seeds_of(name))
 
 
+def gross(name, which):
+    """Share of frames whose F0, not whose voicing, is wrong: FFE - VDE."""
+    return slashed([run["metrics"]["ffe"][which] - run["metrics"]["vde"][which] for run in seeds_of(name)])
+
+
 CLAIMS = [                      # arXiv ids, claim, runs (the command of the first is shown), control, figures, verdict
     ("1711.00937 1901.08810", "codes keep what is said and drop who says it", ["vqvae-toy", "vqvae-toy-none"],
      "row `encoder`, before the codes; `--bottleneck none`",
@@ -171,7 +176,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
     ("1711.00937", "on real speech too, and another speaker can be put in", ["vqvae-digits", "vqvae-words"], "row `encoder`; words, `--steps 3000`",
      lambda: f"speaker: {figures('vqvae-digits', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard as target "
              f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}; words: "
-             f"{figures('vqvae-words', 'speaker', 'codes', 'encoder', 'codes untrained')}; {judged('vqvae-words')}, {judged('vqvae-words', 'source')}",
+             f"{figures('vqvae-words', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard {judged('vqvae-words')}, {judged('vqvae-words', 'source')}",
      "no: codes keep the speaker; conversions are the target's on digits, nobody's on words"),
     ("1611.01144", "one-hot codes can be learned, by straight-through Gumbel-softmax; so can binary ones",
      ["vqvae-toy-onehot", "vqvae-toy-binary", "vqvae-toy"], "`--bottleneck binary`; `--bottleneck vq`; untrained",
@@ -187,7 +192,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}; of mu1 "
              f"{metric('fhvae-librispeech', 'eer', 'mu1')}, control {metric('fhvae-librispeech-alpha0', 'eer', 'mu1')}; toy: mu2 "
              f"{cell('fhvae-toy', 'mu2', 'eer')}, control {cell('fhvae-toy-alpha0', 'mu2', 'eer')}, mu1 {metric('fhvae-toy', 'eer', 'mu1')}, control "
-             f"{metric('fhvae-toy-alpha0', 'eer', 'mu1')}", "yes, but on toy better without the term, which only takes the speaker out of mu1; LDA of log-mel, "
+             f"{metric('fhvae-toy-alpha0', 'eer', 'mu1')}", "yes; on toy better without the term, which there takes the speaker out of mu1 only; LDA of log-mel, "
      "told the training speakers, has 5.9 on librispeech"),
     ("1709.07902", "z1 keeps what is said; shifting z2 converts", ["fhvae-toy"], "untrained; copies",
      lambda: f"phones: {figures('fhvae-toy', 'phone', 'z1', 'z2', 'z1 untrained')}; speaker: "
@@ -205,9 +210,11 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}; phones {cell('adversarial_vc-words', 'content', 'phone')}, "
              f"control {cell('adversarial_vc-words-none', 'content', 'phone')}; heard as target {judged('adversarial_vc-words')}, control "
              f"{judged('adversarial_vc-words-none')}", "yes, at ten times the authors' weight; phones fall too, and conversion gains nothing"),
-    ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech", ["adversarial_vc-toy"], "stage 1 of the same run",
+    ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech", ["adversarial_vc-toy", "adversarial_vc-words", "adversarial_vc-digits"], "stage 1 of the same run; words; digits",
      lambda: f"mean absolute ln ratio of the variance over time to real speech of the target (no %): {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
-             f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')}", "hardly: by 3 to 5 % at this budget"),
+             f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')}; " + "; ".join(
+                 f"{name[15:]} {values(name, 'variance_error', 'stage_2')}, stage 1 {values(name, 'variance_error', 'stage_1')}"
+                 for name in ("adversarial_vc-words", "adversarial_vc-digits")), "hardly at this budget: by 3 to 10 %, and on digits not at all"),
     ("1904.05742", "instance normalisation removes the speaker from the content", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
      lambda: f"speaker: {figures('adain_vc-toy', 'speaker', 'content', 'content untrained')}, control {cell('adain_vc-toy-plain', 'content')}; "
              f"phones: {figures('adain_vc-toy', 'phone', 'content', 'content untrained')}, control "
@@ -227,22 +234,32 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{cell('cpc-toy-other', 'c', 'phone')}; speaker from c: {cell('cpc-toy', 'c')}, batch {cell('cpc-toy-batch', 'c')}, other "
              f"sequences {cell('cpc-toy-other', 'c')}; on librispeech {cell('cpc-librispeech', 'c')}, other sequences {cell('cpc-librispeech-other', 'c')}", "yes: other "
      "sequences alone are told apart by their speaker, and that is what c then holds"),
-    ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech", ["cpc-toy"],
-     "row `c`, before k-means; copies",
+    ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech", ["cpc-toy", "cpc-words", "cpc-librispeech"],
+     "row `c`, before k-means; words; librispeech",
      lambda: f"speaker: {figures('cpc-toy', 'speaker', 'units', 'c', 'units untrained')}; heard as target {judged('cpc-toy')}, as source "
-             f"{judged('cpc-toy', 'source')}", "yes (not on real speech at this size: see the tables)"),
+             f"{judged('cpc-toy', 'source')}; words: {figures('cpc-words', 'speaker', 'units', 'c', 'units untrained')}; heard {judged('cpc-words')}, "
+             f"{judged('cpc-words', 'source')}; librispeech: {figures('cpc-librispeech', 'speaker', 'units', 'c', 'units untrained')}; "
+             f"heard {judged('cpc-librispeech')}, {judged('cpc-librispeech', 'source')}",
+     "yes on toy; on real speech training brings the speaker into the units, and conversion works on words, not on librispeech"),
+    ("2104.00355", "speech has the pitch it is given", ["cpc-toy", "cpc-words", "cpc-librispeech"], "flat F0 in the same run; words; librispeech",
+     lambda: "F0 off by over 20 % in " + "; ".join(f"{name[4:]} {gross(name, 'resynthesis')}, flat F0 {gross(name, 'flat_f0')}, copies {gross(name, 'copy')}"
+                                                   for name in ("cpc-toy", "cpc-words", "cpc-librispeech"))
+     + f"; voicing wrong in {', '.join(name[4:] + ' ' + metric(name, 'vde', 'resynthesis') for name in ('cpc-toy', 'cpc-words', 'cpc-librispeech'))}",
+     "partly: pitch that is there is the right one, but a fifth to a third of the frames are wrongly voiced"),
     ("1808.06670", "the local objective gives a better representation than the global one (there: of images)", ["dim-toy", "dim-toy-global"],
      "`--alpha 1 --beta 0`: global",
      lambda: f"EER of global {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
-             f"{cell('dim-toy', 'global untrained', 'eer')}", "yes for the speaker; the global objective decodes better (R2 in the listing)"),
+             f"{cell('dim-toy', 'global untrained', 'eer')}", "yes for the speaker; the global objective decodes better (R2 in the listing), neither as well as untrained"),
     ("1808.06670", "JSD, DV and InfoNCE can each be the objective", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
      "`--objective dv`, `--objective nce`; untrained",
      lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')}, dv {cell('dim-toy-dv', 'global', 'eer')}, nce "
              f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}", "yes; jsd best here"),
     ("1812.00271", "pieces of one utterance against pieces of others teach the speaker (by our `--pair cross`, D6)",
-     ["dim-librispeech-cross", "dim-librispeech"], "`--pair same`; untrained",
+     ["dim-librispeech-cross", "dim-librispeech", "dim-words-cross", "dim-words"], "`--pair same`; untrained; words",
      lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')}, same {cell('dim-librispeech', 'global', 'eer')}, untrained "
-             f"{cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}", "yes, but one crop alone does as well"),
+             f"{cell('dim-librispeech', 'global untrained', 'eer')}, log-mel {cell('dim-librispeech', 'log-mel', 'eer')}; words: {cell('dim-words-cross', 'global', 'eer')}, "
+             f"same {cell('dim-words', 'global', 'eer')}, untrained {cell('dim-words', 'global untrained', 'eer')}, log-mel "
+             f"{cell('dim-words', 'log-mel', 'eer')}", "yes, and one crop alone does about as well"),
 ]
 
 
