@@ -64,7 +64,7 @@ Measured on CPU threads, not on a GPU, at TOY's size, seeds 0, 1. Words, --adver
 classifier-1 names the speaker in 7, 7 % (18, 16; untrained 10, 6; chance 6), a linear probe in 36, 33 % (60,
 59; untrained 18, 25), phones are read in 53, 53 % (56, 56; untrained 47, 47). Negative: conversions are
 heard as the target in 75, 50 %, and without the adversary as often; on digits the linear probe still reads
-94 % (98, a fresh classifier 16 for 72); on toy InstanceNorm leaves the adversary nothing to remove; stage 2
+94 % (98, a fresh classifier 16 for 72); on toy a fresh classifier is near chance, trained or not; stage 2
 hardly helps.
 """
 import argparse

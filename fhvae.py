@@ -69,9 +69,9 @@ than mu1, and better with a larger alpha.
 Measured on CPU threads, not on a GPU, at TOY's size. LibriSpeech, 51 speakers never heard, one recording
 each, so the channel helps: EER of mu2 5.4 % (alpha 0: 8.6; untrained 24, log-mel 26), of mu1 29 % (20);
 after LDA log-mel is as good, 5.9 %. Toy, four such speakers, seeds 0, 1, 2: 21, 23, 21 % (log-mel 43); 71,
-96, 67 % of conversions heard as the target, 17, 4, 4 % as the source. Negative: these are 29 and 38 %
-on words; and on toy mu2 has the lower EER without the discriminative term (alpha 0: 13, 15 %), which only
-clears mu1 (38, 43 to 47-49 %).
+96, 67 % of conversions heard as the target, 17, 4, 4 % as the source. Negative: these are 29 and 38 % on
+words, 17 and 0 on LibriSpeech; and on toy mu2 has the lower EER without the discriminative term (alpha 0:
+13, 15 %), which only clears mu1 (38, 43 to 47-49 %).
 """
 import argparse
 import base64

@@ -51,8 +51,8 @@ perplexity over held-out speech, K at most; bits a second. Of its probes compare
 Measured on CPU threads, not on a GPU, at TOY's size. Toy corpus, seeds 0, 1, 2: from `encoder` to `codes`
 the speaker falls from 69, 69, 66 to 45, 35, 45 %, phones from 90, 89, 90 to 76, 78, 78 % (codes untrained:
 57, 59, 41 and 34, 30, 32). Negative: on digits, 6000 steps, codes keep the speaker (98 to 92 %, untrained
-92, log-mel 100), yet 67 % of conversions are heard as the target; after 850 steps on toy, 3000 on words,
-speech is too noisy.
+92, log-mel 100), yet 67 % of conversions are heard as the target, with 18 % of frames keeping their digit
+(copies 38); after 850 steps on toy, 3000 on words, speech is too noisy.
 """
 import argparse
 import base64
