@@ -172,8 +172,10 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
      "row `encoder`, before the codes; `--bottleneck none`",
      lambda: f"speaker: {figures('vqvae-toy', 'speaker', 'codes', 'encoder', 'codes untrained')}, no bottleneck "
              f"{cell('vqvae-toy-none', 'codes')}; phones: {figures('vqvae-toy', 'phone', 'codes', 'encoder', 'codes untrained')}, no "
-             f"bottleneck {cell('vqvae-toy-none', 'codes', 'phone')}", "partly: the speaker falls further than the phones, and training adds the phones"),
-    ("1711.00937", "on real speech too, and another speaker can be put in", ["vqvae-digits", "vqvae-words"], "row `encoder`; words, `--steps 3000`",
+             f"bottleneck {cell('vqvae-toy-none', 'codes', 'phone')}",
+     "partly: the speaker falls further than the phones, and training adds the phones"),
+    ("1711.00937", "on real speech too, and another speaker can be put in",
+     ["vqvae-digits", "vqvae-words"], "row `encoder`; words, `--steps 3000`",
      lambda: f"speaker: {figures('vqvae-digits', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard as target "
              f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}, digits kept {judged('vqvae-digits', 'phones')} (copies "
              f"{percent(runs()['vqvae-digits']['conversion']['copy']['phones'])}); words: "
@@ -200,11 +202,14 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
     ("1709.07902", "z1 keeps what is said; shifting z2 converts", ["fhvae-toy"], "untrained; copies",
      lambda: f"phones: {figures('fhvae-toy', 'phone', 'z1', 'z2', 'z1 untrained')}; speaker: "
              f"{figures('fhvae-toy', 'speaker', 'z1', 'z2', 'z1 untrained')}; heard as target {judged('fhvae-toy')}, as source "
-             f"{judged('fhvae-toy', 'source')}", "yes on toy and digits, though z1 keeps much of the speaker and z2 much of the phones; hardly on words and librispeech"),
-    ("1804.03201", "a table of a few sequences at a time suffices", ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000`: all at once",
+             f"{judged('fhvae-toy', 'source')}",
+     "yes on toy and digits, though z1 keeps much of the speaker and z2 much of the phones; hardly on words and librispeech"),
+    ("1804.03201", "a table of a few sequences at a time suffices",
+     ["fhvae-toy", "fhvae-toy-table"], "`--sequences 2000`: all at once",
      lambda: f"EER of mu2 {cell('fhvae-toy', 'mu2', 'eer')}, all {cell('fhvae-toy-table', 'mu2', 'eer')}; speaker from z1 "
              f"{cell('fhvae-toy', 'z1')}, all {cell('fhvae-toy-table', 'z1')}; heard as target {judged('fhvae-toy')}, all "
-             f"{judged('fhvae-toy-table')}", "yes: the EER is hardly better with all at once, where the decoder at this budget ignores z2, so that conversion fails"),
+             f"{judged('fhvae-toy-table')}",
+     "yes: the EER is hardly better with all at once, where the decoder at this budget ignores z2, so that conversion fails"),
     ("1804.02812", "the adversary removes the speaker from the latent", ["adversarial_vc-words", "adversarial_vc-words-none"],
      "`--adversary 0` (the authors' weight is 0.01)",
      lambda: f"speaker, linear probe: {figures('adversarial_vc-words', 'speaker', 'content', 'content untrained')}, control "
@@ -214,21 +219,27 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"control {cell('adversarial_vc-words-none', 'content', 'phone')}; heard as target {judged('adversarial_vc-words')}, control "
              f"{judged('adversarial_vc-words-none')}", "partly, at ten times the authors' weight: a fresh classifier finds hardly anything, a linear "
      "probe a third; phones fall too, and conversion gains nothing; on digits see the table"),
-    ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech", ["adversarial_vc-toy", "adversarial_vc-words", "adversarial_vc-digits"], "stage 1 of the same run; words; digits",
+    ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech",
+     ["adversarial_vc-toy", "adversarial_vc-words", "adversarial_vc-digits"], "stage 1 of the same run; words; digits",
      lambda: f"mean absolute ln ratio of the variance over time to real speech of the target (no %): {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
              f"stage 1 {values('adversarial_vc-toy', 'variance_error', 'stage_1')}; " + "; ".join(
                  f"{name[15:]} {values(name, 'variance_error', 'stage_2')}, stage 1 {values(name, 'variance_error', 'stage_1')}"
-                 for name in ("adversarial_vc-words", "adversarial_vc-digits")), "hardly at this budget: by 3 to 10 %, and on digits it takes them further away"),
-    ("1904.05742", "instance normalisation removes the speaker from the content", ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
+                 for name in ("adversarial_vc-words", "adversarial_vc-digits")),
+     "hardly at this budget: by 3 to 10 %, and on digits it takes them further away"),
+    ("1904.05742", "instance normalisation removes the speaker from the content",
+     ["adain_vc-toy", "adain_vc-toy-plain"], "`--instance-norm false`",
      lambda: f"speaker: {figures('adain_vc-toy', 'speaker', 'content', 'content untrained')}, control {cell('adain_vc-toy-plain', 'content')}; "
              f"phones: {figures('adain_vc-toy', 'phone', 'content', 'content untrained')}, control "
-             f"{cell('adain_vc-toy-plain', 'content', 'phone')}", "yes on toy, words and librispeech, and so it does untrained: the norm does it, not the training; not on digits"),
-    ("1904.05742", "one recording of an unseen speaker is enough to convert to that voice", ["adain_vc-librispeech", "adain_vc-librispeech-plain"], "`--instance-norm false`",
+             f"{cell('adain_vc-toy-plain', 'content', 'phone')}",
+     "yes on toy, words and librispeech, and so it does untrained: the norm does it, not the training; not on digits"),
+    ("1904.05742", "one recording of an unseen speaker is enough to convert to that voice",
+     ["adain_vc-librispeech", "adain_vc-librispeech-plain"], "`--instance-norm false`",
      lambda: f"24 conversions between 51 unseen speakers: heard as target {judged('adain_vc-librispeech')}, as source "
              f"{judged('adain_vc-librispeech', 'source')}; control {judged('adain_vc-librispeech-plain')}, "
              f"{judged('adain_vc-librispeech-plain', 'source')}; speaker from content {cell('adain_vc-librispeech', 'content')}, control "
              f"{cell('adain_vc-librispeech-plain', 'content')}; copies as their own speaker "
-             f"{percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}", "for half of them (a third on words); the norm is not what makes it work"),
+             f"{percent(runs()['adain_vc-librispeech']['conversion']['copy']['source'])}",
+     "for half of them (a third on words); the norm is not what makes it work"),
     ("1807.03748", "predicting the future learns phones", ["cpc-toy"], "untrained",
      lambda: f"phones: {figures('cpc-toy', 'phone', 'c', 'c untrained', 'log-mel')}", "yes, though log-mel has slightly more"),
     ("1807.03748", "it matters where negatives come from: other sequences alone are worst for phones (Table 2)",
@@ -238,7 +249,8 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{cell('cpc-toy-other', 'c', 'phone')}; speaker from c: {cell('cpc-toy', 'c')}, batch {cell('cpc-toy-batch', 'c')}, other "
              f"sequences {cell('cpc-toy-other', 'c')}; on librispeech {cell('cpc-librispeech', 'c')}, other sequences {cell('cpc-librispeech-other', 'c')}", "yes: negatives "
      "of others let the speaker do the telling, and c then holds more of it and fewer phones (there are more of them, too: 813 and 928 to 116)"),
-    ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech", ["cpc-toy", "cpc-words", "cpc-librispeech"],
+    ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech",
+     ["cpc-toy", "cpc-words", "cpc-librispeech"],
      "row `c`, before k-means; words; librispeech",
      lambda: f"speaker: {figures('cpc-toy', 'speaker', 'units', 'c', 'units untrained')}; heard as target {judged('cpc-toy')}, as source "
              f"{judged('cpc-toy', 'source')}; words: {figures('cpc-words', 'speaker', 'units', 'c', 'units untrained')}; heard {judged('cpc-words')}, "
@@ -246,20 +258,24 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"heard {judged('cpc-librispeech')}, {judged('cpc-librispeech', 'source')}",
      "yes on toy; on real speech training brings the speaker into the units, though conversions take the voice on words and digits; on "
      "librispeech the judge cannot tell"),
-    ("2104.00355", "speech has the pitch it is given", ["cpc-toy", "cpc-words", "cpc-librispeech"], "flat F0 in the same run; words; librispeech",
+    ("2104.00355", "speech has the pitch it is given",
+     ["cpc-toy", "cpc-words", "cpc-librispeech"], "flat F0 in the same run; words; librispeech",
      lambda: "F0 off by over 20 % in " + "; ".join(f"{name[4:]} {gross(name, 'resynthesis')}, flat F0 {gross(name, 'flat_f0')}, copies {gross(name, 'copy')}"
                                                    for name in ("cpc-toy", "cpc-words", "cpc-librispeech"))
      + f"; voicing wrong in {', '.join(name[4:] + ' ' + metric(name, 'vde', 'resynthesis') for name in ('cpc-toy', 'cpc-words', 'cpc-librispeech'))}",
      "weakly: with flat F0 it is off only a little more often, as F0 varies little; and a fifth to a third of the frames are wrongly voiced"),
-    ("1808.06670", "the local objective gives a better representation than the global one (there: of images)", ["dim-toy", "dim-toy-global"],
+    ("1808.06670", "the local objective gives a better representation than the global one (there: of images)",
+     ["dim-toy", "dim-toy-global"],
      "`--alpha 1 --beta 0`: global",
      lambda: f"EER of global {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
              f"{cell('dim-toy', 'global untrained', 'eer')}; phones from local {cell('dim-toy', 'local', 'phone')}, global objective "
-             f"{cell('dim-toy-global', 'local', 'phone')}, untrained {cell('dim-toy', 'local untrained', 'phone')}", "yes for the speaker, no for the phones"),
+             f"{cell('dim-toy-global', 'local', 'phone')}, untrained {cell('dim-toy', 'local untrained', 'phone')}",
+     "yes for the speaker, no for the phones"),
     ("1808.06670", "JSD, DV and InfoNCE can each be the objective", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
      "`--objective dv`, `--objective nce`; untrained",
      lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')}, dv {cell('dim-toy-dv', 'global', 'eer')}, nce "
-             f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}", "yes; jsd best here, on seeds some of which TOY was chosen on"),
+             f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}",
+     "yes; jsd best here, on seeds some of which TOY was chosen on"),
     ("1812.00271", "pieces of one utterance against pieces of others teach the speaker (by our `--pair cross`, D6)",
      ["dim-librispeech-cross", "dim-librispeech", "dim-words-cross", "dim-words"], "`--pair same`; untrained; words",
      lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')}, same {cell('dim-librispeech', 'global', 'eer')}, untrained "
