@@ -63,7 +63,7 @@ def percent(value):
 
 
 def of_seeds(values):
-    return ", ".join(map(percent, values)) if None not in values else ""
+    return "/".join(map(percent, values)) if None not in values else ""
 
 
 def method_lines(script):
@@ -112,11 +112,12 @@ def comparison():
                 if name == names[-1]:                                        # of the script, once
                     copy = group[0]["conversion"] and group[0]["conversion"]["copy"]
                     if copy:
-                        rest[:3] = [of_seeds([v["target"] for v in voices]),
-                                    f"{of_seeds([v['source'] for v in voices])} (copies {percent(copy['source'])})",
+                        unlike = sum(v["reconstruction"]["source"] for v in voices) < copy["source"] * len(voices) / 3
+                        rest[:3] = [f"{of_seeds([v['target'] for v in voices])} (copies {percent(copy['source'])})" + "\\*" * unlike,
+                                    of_seeds([v["source"] for v in voices]),
                                     f"{of_seeds([v['phones'] for v in voices])} (copies {percent(copy['phones'])})" if copy["phones"] else ""]
                     bits = [run["metrics"].get("bits_per_second") for run in group]
-                    rest[3] = ", ".join(f"{b:.0f}" for b in bits) if None not in bits else ""
+                    rest[3] = "/".join(f"{b:.0f}" for b in bits) if None not in bits else ""
                     rest[4:] = [f"{group[0]['steps']}", f"{group[0]['seconds'] / 60:.1f}"]
                 row(f"`{script}.py` {name}" + STALE * (not fresh(*group)), cells + rest)
         parts += [""]
@@ -125,20 +126,16 @@ def comparison():
 
 def cell(name, row, key="speaker"):
     """Percentages of one row of the probes in a run and its other seeds, as 1/2/3."""
-    return slashed([run["representations"][row][key] for run in seeds_of(name)])
-
-
-def slashed(values):
-    return of_seeds(values).replace(", ", "/")
+    return of_seeds([run["representations"][row][key] for run in seeds_of(name)])
 
 
 def judged(name, key="target"):
-    return slashed([run["conversion"][key] for run in seeds_of(name)])
+    return of_seeds([run["conversion"][key] for run in seeds_of(name)])
 
 
 def metric(name, *path):
     """Percentages of one figure of the metrics in a run and its other seeds."""
-    return slashed([functools.reduce(lambda d, k: d[k], path, run["metrics"]) for run in seeds_of(name)])
+    return of_seeds([functools.reduce(lambda d, k: d[k], path, run["metrics"]) for run in seeds_of(name)])
 
 
 def claims():
@@ -164,7 +161,7 @@ def values(name, *path, digits=2):
 
 def gross(name, which):
     """Share of frames whose F0, not whose voicing, is wrong: FFE - VDE."""
-    return slashed([run["metrics"]["ffe"][which] - run["metrics"]["vde"][which] for run in seeds_of(name)])
+    return of_seeds([run["metrics"]["ffe"][which] - run["metrics"]["vde"][which] for run in seeds_of(name)])
 
 
 CLAIMS = [                      # arXiv ids, claim, runs (the command of the first is shown), control, figures, verdict
@@ -180,7 +177,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{judged('vqvae-digits')}, as source {judged('vqvae-digits', 'source')}, digits kept {judged('vqvae-digits', 'phones')} (copies "
              f"{percent(runs()['vqvae-digits']['conversion']['copy']['phones'])}); words: "
              f"{figures('vqvae-words', 'speaker', 'codes', 'encoder', 'codes untrained')}; heard {judged('vqvae-words')}, {judged('vqvae-words', 'source')}",
-     "no: codes keep nearly all of the speaker (digits) or half of it (words); on digits two thirds sound as the target, but "
+     "no: codes keep nearly all of the speaker (digits) or half of log-mel's (words); on digits two thirds sound as the target, but "
      "few digits survive; on words the judge cannot tell"),
     ("1611.01144", "one-hot codes can be learned, by straight-through Gumbel-softmax; so can binary ones",
      ["vqvae-toy-onehot", "vqvae-toy-binary", "vqvae-toy"], "`--bottleneck binary`; `--bottleneck vq`; untrained",
@@ -191,14 +188,14 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{values('vqvae-toy-binary', 'bits_per_second', digits=0)}, VQ {values('vqvae-toy', 'bits_per_second', digits=0)}",
      "yes, with fewer phones than VQ; of the three, one-hot keeps the most of the speaker, binary the least"),
     ("1709.07902", "mu2 tells unseen speakers apart without labels, and better with the discriminative term",
-     ["fhvae-librispeech", "fhvae-librispeech-alpha0", "fhvae-toy", "fhvae-toy-alpha0"], "`--alpha 0`; toy",
+     ["fhvae-librispeech", "fhvae-librispeech-alpha0", "fhvae-toy", "fhvae-toy-alpha0"], "`--alpha 0`: no discriminative term; toy",
      lambda: f"EER of mu2 {cell('fhvae-librispeech', 'mu2', 'eer')}, control {cell('fhvae-librispeech-alpha0', 'mu2', 'eer')}, untrained "
              f"{cell('fhvae-librispeech', 'mu2 untrained', 'eer')}, log-mel {cell('fhvae-librispeech', 'log-mel', 'eer')}; of mu1 "
              f"{metric('fhvae-librispeech', 'eer', 'mu1')}, control {metric('fhvae-librispeech-alpha0', 'eer', 'mu1')}; toy: mu2 "
              f"{cell('fhvae-toy', 'mu2', 'eer')}, control {cell('fhvae-toy-alpha0', 'mu2', 'eer')}, mu1 {metric('fhvae-toy', 'eer', 'mu1')}, control "
-             f"{metric('fhvae-toy-alpha0', 'eer', 'mu1')}; log-mel by LDA {metric('fhvae-librispeech', 'eer', 'log_mel_lda')}, toy "
+             f"{metric('fhvae-toy-alpha0', 'eer', 'mu1')}; log-mel after LDA {metric('fhvae-librispeech', 'eer', 'log_mel_lda')}, toy "
              f"{percent(runs()['fhvae-toy']['metrics']['eer']['log_mel_lda'])}", "mu2 yes; the term helps on librispeech, on toy it "
-     "clears mu1 only and harms mu2; log-mel by LDA, which is told the training speakers, is as good or better"),
+     "clears mu1 only and harms mu2; log-mel after LDA, which is told the training speakers, is as good or better"),
     ("1709.07902", "z1 keeps what is said; shifting z2 converts", ["fhvae-toy"], "untrained; copies",
      lambda: f"phones: {figures('fhvae-toy', 'phone', 'z1', 'z2', 'z1 untrained')}; speaker: "
              f"{figures('fhvae-toy', 'speaker', 'z1', 'z2', 'z1 untrained')}; heard as target {judged('fhvae-toy')}, as source "
@@ -218,7 +215,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
              f"{metric('adversarial_vc-words-none', 'fresh_classifier', 'content')}; phones {cell('adversarial_vc-words', 'content', 'phone')}, "
              f"control {cell('adversarial_vc-words-none', 'content', 'phone')}; heard as target {judged('adversarial_vc-words')}, control "
              f"{judged('adversarial_vc-words-none')}", "partly, at ten times the authors' weight: a fresh classifier finds hardly anything, a linear "
-     "probe a third; phones fall too, and conversion gains nothing; on digits see the table"),
+     "probe a third; conversion gains nothing; on digits see the table"),
     ("1804.02812", "the GAN of stage 2 brings conversions nearer to real speech",
      ["adversarial_vc-toy", "adversarial_vc-words", "adversarial_vc-digits"], "stage 1 of the same run; words; digits",
      lambda: f"mean absolute ln ratio of the variance over time to real speech of the target (no %): {values('adversarial_vc-toy', 'variance_error', 'stage_2')}, "
@@ -248,7 +245,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
      lambda: f"phones from c: the sequence {cell('cpc-toy', 'c', 'phone')}, batch {cell('cpc-toy-batch', 'c', 'phone')}, other sequences "
              f"{cell('cpc-toy-other', 'c', 'phone')}; speaker from c: {cell('cpc-toy', 'c')}, batch {cell('cpc-toy-batch', 'c')}, other "
              f"sequences {cell('cpc-toy-other', 'c')}; on librispeech {cell('cpc-librispeech', 'c')}, other sequences {cell('cpc-librispeech-other', 'c')}", "yes: negatives "
-     "of others let the speaker do the telling, and c then holds more of it and fewer phones (there are more of them, too: 813 and 928 to 116)"),
+     "of others let the speaker do the telling, and c then holds more of it and fewer phones (it tells more candidates apart, too: batch 928, others 813, sequence 116)"),
     ("2104.00355", "units hold little of the speaker, so with F0 and a speaker vector they make another's speech",
      ["cpc-toy", "cpc-words", "cpc-librispeech"],
      "row `c`, before k-means; words; librispeech",
@@ -263,12 +260,12 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
      lambda: "F0 off by over 20 % in " + "; ".join(f"{name[4:]} {gross(name, 'resynthesis')}, flat F0 {gross(name, 'flat_f0')}, copies {gross(name, 'copy')}"
                                                    for name in ("cpc-toy", "cpc-words", "cpc-librispeech"))
      + f"; voicing wrong in {', '.join(name[4:] + ' ' + metric(name, 'vde', 'resynthesis') for name in ('cpc-toy', 'cpc-words', 'cpc-librispeech'))}",
-     "weakly: with flat F0 it is off only a little more often, as F0 varies little; and a fifth to a third of the frames are wrongly voiced"),
+     "weakly: with flat F0 it is off by 1 to 3 points more, as F0 varies little; and a sixth to a third of the frames are wrongly voiced"),
     ("1808.06670", "the local objective gives a better representation than the global one (there: of images)",
      ["dim-toy", "dim-toy-global"],
      "`--alpha 1 --beta 0`: global",
-     lambda: f"EER of global {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
-             f"{cell('dim-toy', 'global untrained', 'eer')}; phones from local {cell('dim-toy', 'local', 'phone')}, global objective "
+     lambda: f"EER of the vector `global`: local objective {cell('dim-toy', 'global', 'eer')}, global objective {cell('dim-toy-global', 'global', 'eer')}, untrained "
+             f"{cell('dim-toy', 'global untrained', 'eer')}; phones from the map `local` {cell('dim-toy', 'local', 'phone')}, global objective "
              f"{cell('dim-toy-global', 'local', 'phone')}, untrained {cell('dim-toy', 'local untrained', 'phone')}",
      "yes for the speaker, no for the phones"),
     ("1808.06670", "JSD, DV and InfoNCE can each be the objective", ["dim-toy", "dim-toy-dv", "dim-toy-nce"],
