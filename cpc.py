@@ -59,12 +59,12 @@ what units say of F0. The paper reads speakers per frame, here they are read per
     python cpc.py --data DIR --negatives same-speaker   any folder of audio, the paper's size, for a GPU
     python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
 
-Measured on CPU threads, not on a GPU, at TOY's size. Toy corpus, seeds 0, 1, 2: phones are read from c in
-89, 88, 88 % of frames (untrained 48, 44, 46, log-mel 91), the speaker from c in 68, 67, 77 %, from units in
-27, 27, 26 % (untrained 62, 55, 59); 92, 96, 92 % of conversions are heard as the target, none as the source.
-Negative: on real speech training brings the speaker INTO c (words 52 to 63, digits 90 to 100, LibriSpeech 15
-to 29 %) and units; on LibriSpeech 4 % of conversions are heard as the target; voicing is wrong in 17 to 30 %
-of frames.
+Measured on CPU threads, not on a GPU, at TOY's size. Toy corpus, seeds 0, 1, 2 (TOY was chosen on 0 and 1):
+phones are read from c in 89, 88, 88 % of frames (untrained 48, 44, 46, log-mel 91), the speaker from c in
+68, 67, 77 %, from units in 27, 27, 26 % (untrained 62, 55, 59); 92, 96, 92 % of conversions are heard as the
+target, none as the source. Negative: on real speech training brings the speaker INTO c (words 52 to 63,
+digits 90 to 100, LibriSpeech 15 to 29 %) and units; on LibriSpeech 4 % of conversions are heard as the
+target; voicing is wrong in 17 to 30 % of frames.
 """
 import argparse
 import base64

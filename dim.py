@@ -55,9 +55,9 @@ make of y; nearest: how often the nearest utterance is of the same speaker.
     python dim.py convert --checkpoint runs/a --source a.wav --output c.wav      what y retains of a.wav
 
 Measured on CPU threads, not on a GPU, at TOY's size: EER of unseen voices by `global` on toy 16, 15, 18 %
-for seeds 0, 1, 2, some of which TOY was chosen on (untrained 44, 35, 42, log-mel 43), 3.7 % on LibriSpeech
-(33, 26), where a speaker is one recording, 18 % on words (31, 32). Negative: sigmoid(y) is uniform in no
-run, and `dependency` is cut at its ceiling in all, trained or not.
+for seeds 0, 1, 2, on which TOY was chosen (untrained 44, 35, 42, log-mel 43), 3.7 % on LibriSpeech (33, 26),
+where a speaker is one recording, 18 % on words (31, 32). Negative: sigmoid(y) is uniform in no run, and
+`dependency` is cut at its ceiling in all, trained or not.
 """
 import argparse
 import base64

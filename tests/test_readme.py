@@ -272,7 +272,7 @@ CLAIMS = [                      # arXiv ids, claim, runs (the command of the fir
      "`--objective dv`, `--objective nce`; untrained",
      lambda: f"EER of global: jsd {cell('dim-toy', 'global', 'eer')}, dv {cell('dim-toy-dv', 'global', 'eer')}, nce "
              f"{cell('dim-toy-nce', 'global', 'eer')}, untrained {cell('dim-toy', 'global untrained', 'eer')}",
-     "yes; jsd best here, on seeds some of which TOY was chosen on"),
+     "yes; jsd best here, on the seeds on which TOY was chosen"),
     ("1812.00271", "pieces of one utterance against pieces of others teach the speaker (by our `--pair cross`, D6)",
      ["dim-librispeech-cross", "dim-librispeech", "dim-words-cross", "dim-words"], "`--pair same`; untrained; words",
      lambda: f"EER of global {cell('dim-librispeech-cross', 'global', 'eer')}, same {cell('dim-librispeech', 'global', 'eer')}, untrained "
