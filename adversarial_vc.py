@@ -52,27 +52,20 @@ The log shows reconstruction_loss, L_rec, in units of 100 dB (toy corpus: 0.06);
 (chance: ln S), and the accuracy of that classifier, which is no measure of what z knows; critic_distance,
 D(x) - D(x'); penalty, |grad D| being near 1 when it is small; classifier_2_loss of real and generator_loss of
 converted segments, both in nats. A step counts as one batch of audio; those of phases 2 and 3 draw several.
-In result.json metrics.fresh_classifier, a new classifier-1 of the final z, and the linear probe of `content`
+In run.json metrics.fresh_classifier, a new classifier-1 of the final z, and the linear probe of `content`
 test the paper's claim, that --adversary 0 leaves more of the speaker in. Stage 2 should raise the variance
 over time of each frequency (metrics.variance) and bring it nearer to real speech (variance_error lower).
 
     python adversarial_vc.py                            a toy corpus, two and a half minutes on two CPU cores
     python adversarial_vc.py --data DIR                 any folder of audio, the authors' size, for a GPU
     python adversarial_vc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
-
-Measured on CPU threads, not on a GPU, at TOY's size, seeds 0, 1. Words, --adversary 0.1 (beside 0): a fresh
-classifier-1 names the speaker in 7, 7 % (18, 16; untrained 10, 6; chance 6), a linear probe in 36, 33 % (60,
-59; untrained 18, 25), phones are read in 53, 53 % (56, 56; untrained 47, 47). Negative: conversions are
-heard as the target in 75, 50 %, and without the adversary as often; on digits the linear probe still reads
-94 % (98, a fresh classifier 16 for 72); on toy a fresh classifier is near chance, trained or not; stage 2
-hardly helps.
 """
+
 import argparse
-import base64
-import collections
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -83,13 +76,13 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from html import escape
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from math import ceil
 from pathlib import Path
 from typing import Literal, get_args
-from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -98,109 +91,184 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+NAME = Path(__file__).stem
+RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
 @dataclass(frozen=True)
 class Config:
-    """The first twenty fields are common to the six scripts. Comments are the help texts."""
-    data: str = ""               # folder of audio; none: the toy corpus
-    test: str = ""               # another folder, for testing, usually of unseen speakers
-    out: str = ""                # run folder; none: the next free runs/NAME-N
-    speaker: str = r"([^/]+)/"   # regex searched in the path below data; group 1 is the speaker
-    phones: str = ""           # lines "utterance-id label label ..", a label per 10 ms; none: DATA/phones.txt
-    sample_rate: int = 16000     # Hz
-    n_fft: int = 1024            # points of the Fourier transform
-    win: int = 800               # samples in an analysis window
-    hop: int = 200               # samples between frames
-    n_mels: int = 80             # mel bands
-    crop: int = 25600            # samples in a training example
-    batch_size: int = 32         # training examples in a batch, on each GPU
-    steps: int = 158_000         # training steps
-    lr: float = 1e-4             # learning rate of Adam
-    seed: int = 0                # of weights, batches and noise
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
-    bf16: bool = True            # bfloat16 autocast on CUDA
-    probe: int = 1500            # utterances at most to fit the probes on, and to score them on
-    log_every: int = 100         # steps between log lines
-    save_every: int = 5000       # steps between checkpoints
+    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
 
-    adversary: float = 0.01      # weight of classifier-1's error in the encoder's objective; 0: the control
-    instance_norm: bool = True   # in the encoder; false: leaves more of the speaker to the adversary
-    ae_share: float = 8.0        # parts of the steps: auto-encoder alone
+    data: str = ""  # folder of audio; none: toy voices
+    test: str = ""  # another folder, usually of unseen speakers, to test on
+    out: str = ""  # run folder; none: the next free runs/NAME-N
+    include: str = ""  # regex: only files whose path below data has it, such as _mic1 in VCTK
+    speaker: str = r"([^/]+)/"  # regex searched in the path below data; group 1 is the speaker
+    sample_rate: int = 16000  # Hz
+    n_fft: int = 1024  # points of the Fourier transform
+    win: int = 800  # samples in an analysis window
+    hop: int = 200  # samples between frames
+    n_mels: int = 80  # mel bands
+    crop: int = 25600  # samples in a training example
+    batch_size: int = 32  # training examples in a batch, on each GPU
+    steps: int = 158_000  # training steps
+    lr: float = 1e-4  # learning rate of Adam
+    seed: int = 0  # of weights, batches and noise
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
+    bf16: bool = True  # bfloat16 autocast on CUDA
+    log_every: int = 100  # steps between log lines
+    save_every: int = 5000  # steps between checkpoints
+
+    adversary: float = (
+        0.01  # weight of classifier-1's error in the encoder's objective; 0: the control
+    )
+    instance_norm: bool = True  # in the encoder; false: leaves more of the speaker to the adversary
+    ae_share: float = 8.0  # parts of the steps: auto-encoder alone
     classifier_share: float = 20.0  # then, in the same parts: classifier-1 alone
-    joint_share: float = 80.0    # then both
-    gan_share: float = 50.0      # then stage 2; 0: none, and convert leaves the generator out
-    ramp: float = 50.0           # parts in which the adversary's weight rises from 0, once both learn
-    classifier_steps: int = 5    # of classifier-1 in each joint step
-    critic_steps: int = 5        # of the critic in each step of stage 2
-    channels: int = 512          # of the latent and the blocks
-    bank: int = 7                # kernels 1, 2 .. of the convolutions side by side at the bottom
-    bank_channels: int = 128     # channels of each of the bank's kernels
-    critic_channels: int = 64    # of the critic's first layer
-    dropout: float = 0.5         # in the encoder
+    joint_share: float = 80.0  # then both
+    gan_share: float = 50.0  # then stage 2; 0: none, and convert leaves the generator out
+    ramp: float = 50.0  # parts in which the adversary's weight rises from 0, once both learn
+    classifier_steps: int = 5  # of classifier-1 in each joint step
+    critic_steps: int = 5  # of the critic in each step of stage 2
+    channels: int = 512  # of the latent and the blocks
+    bank: int = 7  # kernels 1, 2 .. of the convolutions side by side at the bottom
+    bank_channels: int = 128  # channels of each of the bank's kernels
+    critic_channels: int = 64  # of the critic's first layer
+    dropout: float = 0.5  # in the encoder
     classifier_dropout: float = 0.3  # in classifier-1
-    penalty: float = 10.0        # weight of the gradient penalty
-    clip: float = 5.0            # largest norm of a network's gradient
-    generator_lr: float = 1e-4   # learning rate of Adam for the generator; lr: for the other networks
+    penalty: float = 10.0  # weight of the gradient penalty
+    clip: float = 5.0  # largest norm of a network's gradient
+    generator_lr: float = (
+        1e-4  # learning rate of Adam for the generator; lr: for the other networks
+    )
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            may_be_zero = isinstance(value, float) or name == "seed"
+            above_zero = isinstance(value, str | bool) or 0 < value < math.inf
+            if not (above_zero or (value == 0 and may_be_zero)):
+                raise UserError(f"--{name} {value}: must be a number above 0")
+        if not self.hop <= self.win <= self.n_fft:
+            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: there is no CUDA device; leave the flag out")
+        if min(self.crop // self.hop, self.n_fft // 2 + 1) < 33:
+            raise UserError("the critic needs 33 frames and bins; raise --crop or --n-fft")
+        if min(self.channels, 2 * self.critic_channels) < 4:
+            raise UserError("--channels must be 4 or more, --critic-channels 2 or more")
+        if max(self.dropout, self.classifier_dropout) >= 1:
+            raise UserError("--dropout and --classifier-dropout must be below 1")
+        if not self.ae_share + self.classifier_share + self.joint_share + self.gan_share:
+            raise UserError(
+                "--ae-share, --classifier-share, --joint-share, --gan-share are 0: raise one"
+            )
+
 
 # Narrower, at 8 kHz, less dropout, other rates and shares (which are steps): three minutes on two CPU cores.
-TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=5120, batch_size=16, steps=880,
-           lr=1.5e-3, save_every=500, ae_share=400.0, classifier_share=100.0, joint_share=300.0,
-           gan_share=80.0, ramp=200.0, classifier_steps=3, channels=64, bank=4, bank_channels=16,
-           critic_channels=8, dropout=0.1, classifier_dropout=0.0, generator_lr=2e-4)
-TARGET = "speaker"               # what convert takes: the index of a training speaker
+TOY = dict(
+    sample_rate=8000,
+    n_fft=256,
+    win=200,
+    hop=80,
+    n_mels=40,
+    crop=5120,
+    batch_size=16,
+    steps=880,
+    lr=1.5e-3,
+    save_every=500,
+    ae_share=400.0,
+    classifier_share=100.0,
+    joint_share=300.0,
+    gan_share=80.0,
+    ramp=200.0,
+    classifier_steps=3,
+    channels=64,
+    bank=4,
+    bank_channels=16,
+    critic_channels=8,
+    dropout=0.1,
+    classifier_dropout=0.0,
+    generator_lr=2e-4,
+)
+TARGET = "speaker"  # what convert takes: the index of a training speaker
+
 
 # ==================== the model ====================
 class Conv(nn.Conv1d):
     """Over time, edges mirrored: T -> ceil(T / stride). An even kernel reaches one frame further back."""
+
     def forward(self, x):
         k = self.kernel_size[0]
         return super().forward(F.pad(x, (k // 2, (k - 1) // 2), mode="reflect"))
+
 
 def pair(first, second, dropout, norm=True):
     """Two convolutions and what follows them everywhere but in the decoder, (B, C, T) -> (B, C', T')."""
     last = nn.InstanceNorm1d(second.out_channels) if norm else nn.Identity()
     return nn.Sequential(first, nn.LeakyReLU(), second, nn.LeakyReLU(), last, nn.Dropout(dropout))
 
+
 class Encoder(nn.Module):
     """x (B, T, F) -> z (B, T', C), T' = ceil(T / 8): a bank of convolutions of many widths, three blocks that
     halve T, two dense ones, a GRU in both directions. InstanceNorm by itself removes much of the speaker."""
+
     def __init__(self, cfg):
         super().__init__()
         c, bins, options = cfg.channels, cfg.n_fft // 2 + 1, (cfg.dropout, cfg.instance_norm)
         self.bank = nn.ModuleList(Conv(bins, cfg.bank_channels, k + 1) for k in range(cfg.bank))
-        self.mix = pair(nn.Identity(), nn.Conv1d(cfg.bank * cfg.bank_channels + bins, c, 1), *options)
-        self.down = nn.ModuleList(pair(Conv(c, c, 5), Conv(c, c, 5, stride=2), *options) for _ in range(3))
-        self.dense = nn.ModuleList(pair(nn.Conv1d(c, c, 1), nn.Conv1d(c, c, 1), *options) for _ in range(2))
+        self.mix = pair(
+            nn.Identity(), nn.Conv1d(cfg.bank * cfg.bank_channels + bins, c, 1), *options
+        )
+        self.down = nn.ModuleList(
+            pair(Conv(c, c, 5), Conv(c, c, 5, stride=2), *options) for _ in range(3)
+        )
+        self.dense = nn.ModuleList(
+            pair(nn.Conv1d(c, c, 1), nn.Conv1d(c, c, 1), *options) for _ in range(2)
+        )
         self.gru = nn.GRU(c, c // 4, batch_first=True, bidirectional=True)
         self.leave = nn.Linear(c + c // 4 * 2, c)
 
     def forward(self, x):
-        T = max(x.shape[1], 9, len(self.bank) // 2 + 1)     # D4: of 9 frames 3 are left for the last halving
-        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()          # (B, F, T)
+        T = max(
+            x.shape[1], 9, len(self.bank) // 2 + 1
+        )  # D4: of 9 frames 3 are left for the last halving
+        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()  # (B, F, T)
         h = self.mix(torch.cat([*(conv(x) for conv in self.bank), x], 1))
         for block in self.down:
             h = block(h) + F.avg_pool1d(F.pad(h, (0, h.shape[2] % 2), mode="reflect"), 2)
         for block in self.dense:
             h = h + block(h)
-        h = h.mT                                                             # (B, T', C)
+        h = h.mT  # (B, T', C)
         return F.leaky_relu(self.leave(torch.cat([h, self.gru(h)[0]], 2)))
+
 
 class Decoder(nn.Module):
     """z (B, T', C), speaker (B,) -> (B, 8 T', F). Five tables of speaker vectors: one for each block that
     doubles T, one for the two dense blocks, one for the GRU. The generator of stage 2 is another of these."""
+
     def __init__(self, cfg, n_speakers):
         super().__init__()
         c, bins = cfg.channels, cfg.n_fft // 2 + 1
         self.speaker = nn.ModuleList(nn.Embedding(n_speakers, c) for _ in range(5))
         self.up = nn.ModuleList(nn.ModuleList([Conv(c, 2 * c, 3), Conv(c, c, 3)]) for _ in range(3))
-        self.dense = nn.ModuleList(nn.ModuleList(nn.Conv1d(c, c, 1) for _ in range(2)) for _ in range(2))
+        self.dense = nn.ModuleList(
+            nn.ModuleList(nn.Conv1d(c, c, 1) for _ in range(2)) for _ in range(2)
+        )
         self.gru = nn.GRU(c, c // 2, batch_first=True, bidirectional=True)
-        self.leave = nn.Sequential(nn.Linear(2 * c + c // 2 * 2, c), nn.LeakyReLU(), nn.Linear(c, bins))
+        self.leave = nn.Sequential(
+            nn.Linear(2 * c + c // 2 * 2, c), nn.LeakyReLU(), nn.Linear(c, bins)
+        )
 
     def forward(self, z, speaker):
-        h, e = z.mT, [table(speaker)[..., None] for table in self.speaker]   # (B, C, T'), five of (B, C, 1)
+        h, e = (
+            z.mT,
+            [table(speaker)[..., None] for table in self.speaker],
+        )  # (B, C, T'), five of (B, C, 1)
         for (first, second), e_i in zip(self.up, e):
-            y = F.leaky_relu(first(h + e_i))                                 # (B, 2 C, T)
-            y = y.unflatten(1, (-1, 2)).mT.flatten(2)                        # pixel shuffle: (B, C, 2 T)
+            y = F.leaky_relu(first(h + e_i))  # (B, 2 C, T)
+            y = y.unflatten(1, (-1, 2)).mT.flatten(2)  # pixel shuffle: (B, C, 2 T)
             h = F.instance_norm(F.leaky_relu(second(y + e_i))) + h.repeat_interleave(2, 2)
         for first, second in self.dense:
             y = F.leaky_relu(second(F.leaky_relu(first(h + e[3])) + e[3]))
@@ -208,9 +276,11 @@ class Decoder(nn.Module):
         recurrent, e_5 = self.gru((h + e[4]).mT)[0], e[4].mT.expand(-1, h.shape[2], -1)
         return self.leave(torch.cat([h.mT, recurrent, e_5], 2))
 
+
 class Classifier(nn.Module):
     """Classifier-1: z (B, T', C) -> logits of the speaker (B, S). The last kernel is as long as the latent of
     a training segment; a longer latent gives several positions, which are averaged (D4)."""
+
     def __init__(self, cfg, n_speakers):
         super().__init__()
         c, dropout = cfg.channels, cfg.classifier_dropout
@@ -224,36 +294,39 @@ class Classifier(nn.Module):
             h = h + block(h)
         return self.head(self.narrow(h)).mean(2)
 
+
 class Critic(nn.Module):
     """x (B, T, F) -> how real (B,), and classifier-2's logits of the speaker (B, S): convolutions over time
     and frequency with two heads, whose kernels are as large as the map of a training segment (D4)."""
+
     def __init__(self, cfg, n_speakers):
         super().__init__()
         c, T, bins = cfg.critic_channels, cfg.crop // cfg.hop, cfg.n_fft // 2 + 1
-        if min(T, bins) < 33:                          # less cannot be mirrored after four halvings
-            raise UserError(f"{T} frames, {bins} bins: the critic needs 33 of each; raise --crop or --n-fft")
         after, layers = lambda n: (nn.LeakyReLU(), nn.InstanceNorm2d(n), nn.Dropout2d(0.1)), []
         for a, b in itertools.pairwise((1, c, 2 * c, 4 * c, 8 * c, 8 * c)):
             layers += [nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect"), *after(b)]
         self.trunk = nn.Sequential(*layers, nn.Conv2d(8 * c, c // 2, 1), *after(c // 2))
         shape = -(-bins // 32), -(-T // 32)
-        self.value, self.classifier = nn.Conv2d(c // 2, 1, shape), nn.Conv2d(c // 2, n_speakers, shape)
+        self.value, self.classifier = (
+            nn.Conv2d(c // 2, 1, shape),
+            nn.Conv2d(c // 2, n_speakers, shape),
+        )
 
     def forward(self, x):
-        h = self.trunk(x.mT[:, None])                                        # (B, C, F / 32, T / 32)
+        h = self.trunk(x.mT[:, None])  # (B, C, F / 32, T / 32)
         return self.value(h).mean((1, 2, 3)), self.classifier(h).mean((2, 3))
+
 
 class Model(nn.Module):
     """The five networks. Stage 1 trains encoder, decoder and classifier, stage 2 generator and critic."""
+
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        if min(cfg.channels, 2 * cfg.critic_channels) < 4 or max(cfg.dropout, cfg.classifier_dropout) >= 1:
-            raise UserError("--channels must be 4 or more, --critic-channels 2 or more, a dropout below 1")
         self.cfg, self.n_speakers = cfg, n_speakers
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg, n_speakers)
         self.classifier, self.critic = Classifier(cfg, n_speakers), Critic(cfg, n_speakers)
         self.generator = Decoder(cfg, n_speakers)
-        for last in self.generator.leave[2], self.critic.value, self.critic.classifier:      # D6
+        for last in self.generator.leave[2], self.critic.value, self.critic.classifier:  # D6
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
@@ -268,28 +341,38 @@ class Model(nn.Module):
 
     def vocode(self, x, samples):
         """(B, T, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
         angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
         emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
         return griffin_lim(10 ** (5 * x.clamp(0, 1) - 4) / emphasis, self.cfg)[:, :samples]
+
 
 def decibels(wave, cfg):
     """(B, N) -> (B, T, F): linear magnitude after a pre-emphasis of 0.97, -80 dB to 20 dB as 0 to 1."""
     wave = wave - 0.97 * F.pad(wave, (1, 0))[:, :-1]
     return ((20 * stft(wave, cfg).abs().clamp(min=1e-5).log10() + 80) / 100).clamp(1e-8, 1)
 
+
 # ==================== the objective ====================
 def prepare(model, corpus, cfg):
     """Nothing to measure: the scale of the features is fixed."""
-    if not any((cfg.ae_share, cfg.classifier_share, cfg.joint_share, cfg.gan_share)):
-        raise UserError("--ae-share, --classifier-share, --joint-share and --gan-share are 0: raise one")
+
 
 def make_optimizers(model, cfg):
     """Four: each step below moves the networks of one and leaves the others as they are."""
-    adam = lambda *nets, lr=cfg.lr: torch.optim.Adam([p for net in nets for p in net.parameters()], lr,
-                                                     betas=(0.5, 0.9), fused=True)
-    return {"autoencoder": adam(model.encoder, model.decoder), "classifier": adam(model.classifier),
-            "critic": adam(model.critic), "generator": adam(model.generator, lr=cfg.generator_lr)}
+
+    def adam(*nets, lr=cfg.lr):
+        return torch.optim.Adam(
+            [p for net in nets for p in net.parameters()], lr, betas=(0.5, 0.9), fused=True
+        )
+
+    return {
+        "autoencoder": adam(model.encoder, model.decoder),
+        "classifier": adam(model.classifier),
+        "critic": adam(model.critic),
+        "generator": adam(model.generator, lr=cfg.generator_lr),
+    }
+
 
 def update(loss, optimizer, cfg, *nets):
     """A step of these networks on `loss`. No other gets a gradient: the speaker's error passes through
@@ -300,6 +383,7 @@ def update(loss, optimizer, cfg, *nets):
         nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
     optimizer.step()
 
+
 def schedule(step, cfg):
     """-> the phase that `step` is in, 0 to 3, and the adversary's weight: in phase 2 it rises from 0."""
     shares = cfg.ae_share, cfg.classifier_share, cfg.joint_share, cfg.gan_share
@@ -307,15 +391,17 @@ def schedule(step, cfg):
     phase, ramp = sum(step >= end for end in ends), cfg.ramp * cfg.steps / sum(shares)
     return phase, cfg.adversary * min(1, (step - ends[1]) / max(ramp, 1)) if phase == 2 else 0.0
 
+
 def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """-> x (B, T, F) of random segments, speaker (B,). U1: B is 32. D1: of utterances drawn alike."""
     batch = get_batch(corpus, cfg, step, draw, utterances)
-    x, speaker = model.features(batch["wave"])[:, :cfg.crop // cfg.hop], batch["speaker"]
+    x, speaker = model.features(batch["wave"])[:, : cfg.crop // cfg.hop], batch["speaker"]
     # D3: in silence deviations are 0, each InstanceNorm multiplies the gradient by 1e-5 ** -0.5, and clipping
     # leaves nothing of the rest of the batch. So another segment takes the place of a silent one.
-    heard = x.std(1).mean(1) > 0.01                                          # (B,), 1 dB
+    heard = x.std(1).mean(1) > 0.01  # (B,), 1 dB
     keep = torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())
     return x[keep], speaker[keep]
+
 
 def classifier_step(model, optimizers, x, speaker, cfg):
     """Classifier-1 learns to name the speaker of a latent; the encoder is not asked (D2)."""
@@ -327,6 +413,7 @@ def classifier_step(model, optimizers, x, speaker, cfg):
     accuracy = (logits.argmax(1) == speaker).float().mean()
     return {"classifier_loss": loss.detach(), "classifier_accuracy": accuracy}
 
+
 def autoencoder_step(model, optimizers, x, speaker, weight, cfg):
     """L_rec - weight * CE: encoder and decoder learn to rebuild x from z and its TRUE speaker, the encoder
     also to make classifier-1 err. The cheapest place for the speaker is then the decoder's tables."""
@@ -336,6 +423,7 @@ def autoencoder_step(model, optimizers, x, speaker, weight, cfg):
     update(loss, optimizers["autoencoder"], cfg, model.encoder, model.decoder)
     return {"reconstruction_loss": rec.detach()}
 
+
 def converted(model, x):
     """x (B, T, F) -> x' (B, T, F) and random speakers y' (B,), the true ones among them."""
     aim = torch.randint(model.n_speakers, (len(x),), device=x.device)
@@ -343,14 +431,16 @@ def converted(model, x):
         z = model.encoder(x)
     return model.decode(z, aim, x.shape[1], stage=2), aim
 
+
 def gradient_penalty(critic, real, fake):
     """Mean of (1 - |gradient of the critic|)^2 at a random point between each real and fake segment, both
     (B, T, F). In float32, for bfloat16 spoils a gradient's gradient."""
     with torch.autocast(real.device.type, enabled=False):
         mix = torch.rand(len(real), 1, 1, device=real.device)
-        u = (mix * real + (1 - mix) * fake).float().requires_grad_()                 # (B, T, F)
-        gradient, = torch.autograd.grad(critic(u)[0].sum(), u, create_graph=True)
+        u = (mix * real + (1 - mix) * fake).float().requires_grad_()  # (B, T, F)
+        (gradient,) = torch.autograd.grad(critic(u)[0].sum(), u, create_graph=True)
         return (1 - (gradient.square().sum((1, 2)) + 1e-12).sqrt()).square().mean()
+
 
 def critic_step(model, optimizers, x, speaker, cfg):
     """The critic learns to tell real segments from converted ones, classifier-2 the speaker of real ones."""
@@ -358,10 +448,17 @@ def critic_step(model, optimizers, x, speaker, cfg):
         fake = converted(model, x)[0]
     (real_value, logits), fake_value = model.critic(x), model.critic(fake)[0]
     distance = real_value.float().mean() - fake_value.float().mean()
-    error, penalty = F.cross_entropy(logits.float(), speaker), gradient_penalty(model.critic, x, fake)
+    error, penalty = (
+        F.cross_entropy(logits.float(), speaker),
+        gradient_penalty(model.critic, x, fake),
+    )
     update(error - distance + cfg.penalty * penalty, optimizers["critic"], cfg, model.critic)
-    return {"critic_distance": distance.detach(), "penalty": penalty.detach(),
-            "classifier_2_loss": error.detach()}
+    return {
+        "critic_distance": distance.detach(),
+        "penalty": penalty.detach(),
+        "classifier_2_loss": error.detach(),
+    }
+
 
 def generator_step(model, optimizers, x, cfg):
     """The generator learns a residual that the critic takes for real and classifier-2 for the target speaker.
@@ -372,10 +469,11 @@ def generator_step(model, optimizers, x, cfg):
     update(error - value.float().mean(), optimizers["generator"], cfg, model.generator)
     return {"generator_loss": error.detach()}
 
+
 def train_step(model, optimizers, corpus, step, cfg):
     """One step of the phase that `step` is in. Every inner step has a fresh batch."""
     phase, weight = schedule(step, cfg)
-    model.encoder.train(phase < 3)                                         # D2: no dropout in what is frozen
+    model.encoder.train(phase < 3)  # D2: no dropout in what is frozen
     batch, log = lambda draw: segments(model, corpus, cfg, step, draw), {}
     if phase == 0:
         return autoencoder_step(model, optimizers, *batch(0), 0.0, cfg)
@@ -389,11 +487,13 @@ def train_step(model, optimizers, corpus, step, cfg):
         log |= critic_step(model, optimizers, *batch(k + 1), cfg)
     return log | generator_step(model, optimizers, batch(0)[0], cfg)
 
+
 # ==================== what it is good for ====================
 @torch.no_grad()
 def represent(model, wave, cfg):
     """(N,) -> content (T', C): the latent z, one vector for 8 frames."""
     return {"content": model.encoder(model.features(wave[None]))[0]}
+
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
@@ -405,27 +505,33 @@ def convert(model, sources, targets, cfg):
         x = model.features(wave[None])
         z, speakers = model.encoder(x), torch.arange(model.n_speakers, device=x.device)[:, None]
         if target is None:
-            target = torch.stack([F.l1_loss(model.decode(z, s, x.shape[1], 1), x) for s in speakers]).argmin()
+            target = torch.stack(
+                [F.l1_loss(model.decode(z, s, x.shape[1], 1), x) for s in speakers]
+            ).argmin()
         y = model.decode(z, speakers[target], x.shape[1], 2 if cfg.gan_share else 1)
         waves.append(model.vocode(y, len(wave))[0])
     return waves
+
 
 @torch.enable_grad()
 def fresh_classifier(encoder, corpus, cfg):
     """The authors' probe: a new classifier-1, trained on the latents of a frozen encoder for a quarter of
     the run's steps, at most 20,000 -> the share of held-out segments whose speaker it names. The classifier
     that the encoder was trained against would be no judge: the encoder has learned to mislead that one."""
-    torch.manual_seed(cfg.seed + 1)                    # not the weights that the run's classifier began with
+    torch.manual_seed(cfg.seed + 1)  # not the weights that the run's classifier began with
     fresh = Model(cfg, len(corpus.speakers)).to(cfg.device).train()
     optimizers, fresh.encoder = make_optimizers(fresh, cfg), encoder.eval()
     rng, right = np.random.default_rng(cfg.seed), []
     for step in range(min(-(-cfg.steps // 4), 20_000)):
         us = corpus.train[rng.integers(len(corpus.train), size=cfg.batch_size)]
         classifier_step(fresh, optimizers, *segments(fresh, corpus, cfg, step, 1000, us), cfg)
-    for draw, us in itertools.product(range(4), np.array_split(corpus.held, -(-len(corpus.held) // 64))):
+    for draw, us in itertools.product(
+        range(4), np.array_split(corpus.held, -(-len(corpus.held) // 64))
+    ):
         x, speaker = segments(fresh, corpus, cfg, 0, 1001 + draw, us)
         right.append(fresh.eval().classifier(encoder(x)).argmax(1) == speaker)
     return torch.cat(right).float().mean().item()
+
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
@@ -435,652 +541,755 @@ def sample(model, corpus, cfg, out):
     `fresh_classifier`, also of an untrained encoder; means of those variances; and as variance_error how far
     they are from real speech of the speaker (of conversions: the target), the mean |ln ratio|."""
     torch.manual_seed(cfg.seed)
-    nets = {"content": model.encoder, "untrained": Model(cfg, corpus.known).to(cfg.device).encoder}
-    metrics = {"fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}}
-    us = corpus.held[(corpus.speaker[corpus.held] < corpus.known) & (corpus.length[corpus.held] > cfg.win)]
-    who, stages = corpus.speaker[us], (1, 2)[:1 + (cfg.gan_share > 0)]
+    nets = {
+        "content": model.encoder,
+        "untrained": Model(cfg, len(corpus.speakers)).to(cfg.device).encoder,
+    }
+    metrics = {
+        "fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}
+    }
+    us = corpus.held[
+        (corpus.speaker[corpus.held] < len(corpus.speakers))
+        & (corpus.length[corpus.held] > cfg.win)
+    ]
+    who, stages = corpus.speaker[us], (1, 2)[: 1 + (cfg.gan_share > 0)]
     of_stage = {n: Config(**asdict(cfg) | {"gan_share": n - 1.0}) for n in stages}
-    by_stage = lambda wave, s, n: convert(model, [wave], [s], of_stage[n])[0]
+
+    def by_stage(wave, s, n):
+        return convert(model, [wave], [s], of_stage[n])[0]
+
     for a, b, n in itertools.product([*dict.fromkeys(who)][:4], [*dict.fromkeys(who)][:4], stages):
         wave = by_stage(corpus.wave(us[who == a][0]).to(cfg.device), b, n)
         name = f"grid_{corpus.speakers[a]}_as_{corpus.speakers[b]}_stage{n}.wav"
         write_audio(out / name, wave, cfg.sample_rate)
-    names = ("real", "copy", "stage_1", "stage_2")[:2 + len(stages)]
-    total = torch.zeros(len(names), corpus.known, cfg.n_fft // 2 + 1)
-    count = torch.zeros(len(names), corpus.known, 1)
-    for i, (u, own) in enumerate(zip(us[:cfg.probe], who)):
-        wave, other = corpus.wave(u).to(cfg.device), (own + 1 + i % (corpus.known - 1)) % corpus.known
+    names = ("real", "copy", "stage_1", "stage_2")[: 2 + len(stages)]
+    total = torch.zeros(len(names), len(corpus.speakers), cfg.n_fft // 2 + 1)
+    count = torch.zeros(len(names), len(corpus.speakers), 1)
+    for i, (u, own) in enumerate(zip(us[:200], who)):
+        wave, other = (
+            corpus.wave(u).to(cfg.device),
+            (own + 1 + i % (len(corpus.speakers) - 1)) % len(corpus.speakers),
+        )
         copy = model.vocode(model.features(wave[None]), len(wave))[0]
         made = (own, wave), (own, copy), *((other, by_stage(wave, other, n)) for n in stages)
         for k, (s, y) in enumerate(made):
-            total[k, s] += (100 * model.features(y[None])[0]).var(0, correction=0).cpu()             # (F,)
+            total[k, s] += (100 * model.features(y[None])[0]).var(0, correction=0).cpu()  # (F,)
             count[k, s] += 1
-    variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(min=1)     # (names, S', F), at least 1 dB^2
+    variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(
+        min=1
+    )  # (names, S', F), at least 1 dB^2
     if variance.numel():
         np.save(out / "global_variance.npy", variance.numpy())
-        mean = lambda v: v.mean((1, 2)).tolist()
+
+        def mean(v):
+            return v.mean((1, 2)).tolist()
+
         metrics["variance"] = dict(zip(names, mean(variance)))
-        metrics["variance_error"] = dict(zip(names[1:], mean((variance[1:] / variance[0]).log().abs())))
+        metrics["variance_error"] = dict(
+            zip(names[1:], mean((variance[1:] / variance[0]).log().abs()))
+        )
     return metrics
 
+
 # ==================== shared: audio ====================
+AUDIO_ENDINGS = ".wav .flac .ogg .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .sph .nist".split()
+PIECE_SECONDS = (
+    60  # longer recordings are handled in pieces, so that memory does not grow with them
+)
+
+
 class UserError(Exception):
-    """What the user can mend: shown as one line, `error: ...`, without a traceback."""
+    """A mistake that the user can fix: shown as one line, without a traceback."""
+
+
+def audio_names(root):
+    """Folder -> sorted names below it of its audio files, in linked folders too; `._*` is
+    ignored."""
+    files = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        files += [Path(folder, name) for name in names if not name.startswith("._")]
+    names = sorted(str(f.relative_to(root)) for f in files if f.suffix.lower() in AUDIO_ENDINGS)
+    if not names:
+        raise UserError(
+            f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
+        )
+    if len(names) < len(files):
+        print(f"{root}: {len(files) - len(names)} files ignored that are not audio")
+    return names
+
+
+def find_pieces(path):
+    """Audio file -> [(first, last)] samples of its pieces. Only the last piece is longer than
+    PIECE_SECONDS, and shorter than twice that. An unreadable file is one empty piece."""
+    try:
+        info = sf.info(os.fsencode(path))
+    except sf.SoundFileError:
+        return [(0, 0)]
+    piece = PIECE_SECONDS * info.samplerate
+    starts = range(0, max(1, info.frames - piece), piece)
+    return list(zip(starts, [*starts[1:], info.frames]))
+
+
+def read_piece(path, first, last, sample_rate):
+    """Samples first .. last of an audio file -> (n,) float32 at sample_rate, mono. UserError names
+    the file."""
+    try:
+        with sf.SoundFile(os.fsencode(path)) as file:
+            rate = file.samplerate
+            start = max(
+                0, first - rate
+            )  # a second on either side, because resampling feels the cut
+            file.seek(start)
+            wave = file.read(last + rate - start, np.float32, always_2d=True).mean(1)
+    except (sf.SoundFileError, OSError):
+        raise UserError(f"{path}: not a readable audio file; give another") from None
+    if not np.isfinite(wave).all():
+        raise UserError(f"{path}: has NaN or infinite samples; give another")
+    resampled = resample(torch.from_numpy(wave), rate, sample_rate)
+    return resampled[(first - start) * sample_rate // rate :][
+        : ceil((last - first) * sample_rate / rate)
+    ]
+
+
+def resample(wave, rate, new_rate):
+    """(N,) -> (ceil(N * new_rate / rate),). Overlapping frames are resampled by a Fourier
+    transform, and their margins dropped, because there the filter feels the cut."""
+    if rate == new_rate:
+        return wave
+    period = rate // math.gcd(rate, new_rate)  # samples after which both rates meet
+    margin = ceil(0.1 * rate / period) * period
+    new_margin = margin * new_rate // rate
+    silence = 7 * margin - len(wave) % (6 * margin)
+    frames = F.pad(wave, (margin, silence)).unfold(0, 8 * margin, 6 * margin)
+    spectrum = torch.fft.rfft(frames)[:, : 4 * new_margin + 1]
+    # The highest 5 % fade out smoothly: a sharp edge in the spectrum would ring.
+    fade = torch.linspace(20, 0, spectrum.shape[1]).clamp(max=1)
+    spectrum = spectrum * torch.sin(math.pi / 2 * fade) ** 4
+    resampled = torch.fft.irfft(spectrum, 8 * new_margin)[:, new_margin : 7 * new_margin].flatten()
+    return resampled[: ceil(len(wave) * new_rate / rate)] * new_rate / rate
+
 
 def read_audio(path, sample_rate):
-    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1]. UserError names the file."""
-    try:
-        wave, rate = sf.read(path, dtype="float32", always_2d=True)                  # (N, channels)
-    except (sf.SoundFileError, OSError):
-        what = "not readable as audio" if Path(path).is_file() else "no such file"
-        raise UserError(f"{path}: {what}; give a wav, flac, ogg or mp3 file") from None
-    wave = torch.from_numpy(wave).mean(1)
-    if not len(wave) or not wave.isfinite().all():
-        what = "NaN or infinite samples" if len(wave) else "0 samples"
-        raise UserError(f"{path}: {what}; give another recording")
-    if rate == sample_rate:
-        return wave
-    # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps
-    # the end from wrapping round), cut or extend the spectrum, fade its last 5 % against ringing.
-    period = rate // math.gcd(rate, sample_rate)
-    padded = -(-(len(wave) + rate // 20) // period) * period
-    n = padded * sample_rate // rate
-    spectrum = torch.fft.rfft(wave, padded)[:n // 2 + 1]
-    spectrum *= (torch.arange(len(spectrum), 0, -1) / (0.05 * len(spectrum))).clamp(max=1)
-    return torch.fft.irfft(spectrum, n)[:-(-len(wave) * sample_rate // rate)] * (n / padded)
+    """Any file that libsndfile reads -> (N,) float32 in [-1, 1], mono. UserError names the file."""
+    return torch.cat([read_piece(path, *piece, sample_rate) for piece in find_pieces(path)])
 
-def audio_files(root):
-    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if none."""
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
-    if not paths:
-        seen = ", ".join(sorted({p.suffix or p.name for p in files})[:5]) or "nothing"
-        what = f"no wav, flac, ogg or mp3 below it, but {seen}" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give a folder of audio")
-    return paths
 
 def write_audio(path, wave, sample_rate):
-    """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
+    """(N,) in [-1, 1] -> 16-bit audio file; its ending is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-# ==================== end shared: audio ====================
+    sf.write(os.fsencode(path), wave.float().clamp(-1, 1).cpu().numpy(), sample_rate)
+
 
 # ==================== shared: spectrum ====================
 def stft(wave, cfg):
-    """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop,
-    zeros beyond the ends, F = n_fft // 2 + 1. Its .abs() is the linear magnitude."""
+    """(B, N) -> (B, T, F) complex, F = n_fft // 2 + 1, T = 1 + N // hop. Frame t is centered on
+    sample t * hop; there are zeros beyond both ends."""
     window = torch.hann_window(cfg.win, device=wave.device)
-    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant",
-                      return_complex=True).mT
+    options = dict(pad_mode="constant", return_complex=True)
+    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, **options).mT
+
+
+def istft(spectrum, cfg):
+    """(B, T, F) complex -> (B, hop * (T - 1)), the inverse of `stft`."""
+    window = torch.hann_window(cfg.win, device=spectrum.device)
+    return torch.istft(spectrum.mT, cfg.n_fft, cfg.hop, cfg.win, window)
+
 
 @functools.lru_cache(maxsize=8)
-def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
-    top = cfg.sample_rate / 2
-    mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
-    edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
-    low, mid, high = edge[:-2], edge[1:-1], edge[2:]
-    hertz = torch.linspace(0, top, cfg.n_fft // 2 + 1)[:, None]
-    triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
-    return (triangles * 2 / (high - low)).float().to(device)
+def mel_filters(sample_rate, n_fft, n_mels, device):
+    """(F, n_mels) triangles of equal area on the Slaney mel scale, the default of librosa: linear
+    up to 1000 Hz, which is 15 mel, then 27 mel for every factor of 6.4."""
+    top = 15 + 27 * math.log(sample_rate / 2000, 6.4)
+    mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz
+    left, center, right = edges.unfold(0, 3, 1).T
+    frequency = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]
+    rising = (frequency - left) / (center - left)
+    falling = (right - frequency) / (right - center)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (right - left)).float().to(device)
+
 
 def log_mel(wave, cfg):
-    """(B, N) -> (B, T, n_mels): ln(max(mel magnitude, 1e-5)), in float32 also under autocast."""
-    with torch.autocast(wave.device.type, enabled=False):
-        return (stft(wave, cfg).abs() @ mel_filters(cfg, wave.device)).clamp(min=1e-5).log()
+    """(B, N) -> (B, T, n_mels): natural log of the mel magnitude, at least 1e-5."""
+    filters = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, wave.device)
+    with torch.autocast(wave.device.type, enabled=False):  # bfloat16 is too coarse for spectra
+        return (stft(wave, cfg).abs() @ filters).clamp(min=1e-5).log()
+
 
 def mel_to_magnitude(mel, cfg):
-    """(B, T, n_mels) mel magnitude, exp of log_mel, -> (B, T, F) linear magnitude, by pseudo-inverse."""
-    return (mel @ torch.linalg.pinv(mel_filters(cfg, mel.device))).clamp(min=0)
+    """(B, T, n_mels) mel magnitude, exp of log_mel -> (B, T, F) linear magnitude, by
+    pseudo-inverse."""
+    filters = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, mel.device)
+    return (mel @ torch.linalg.pinv(filters)).clamp(min=0)
 
-def griffin_lim(magnitude, cfg):
-    """(B, T, F) linear magnitude -> (B, hop * (T - 1)) wave: 60 rounds of fast Griffin-Lim with momentum 0.99
-    (Perraudin, Balazs & Sondergaard, WASPAA 2013) from a random but fixed phase."""
-    angle = 2 * math.pi * torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
-    phase, previous = torch.polar(torch.ones_like(angle), angle).to(magnitude.device), 0
-    window = torch.hann_window(cfg.win, device=magnitude.device)
-    inverse = lambda: torch.istft((magnitude * phase).mT, cfg.n_fft, cfg.hop, cfg.win, window)
-    for _ in range(60):
-        rebuilt = stft(inverse(), cfg)
-        phase = rebuilt - 0.99 / 1.99 * previous
-        phase, previous = phase / phase.abs().clamp(min=1e-8), rebuilt
-    return inverse()
-# ==================== end shared: spectrum ====================
+
+def griffin_lim(magnitude, cfg, rounds=60, momentum=0.99):
+    """(B, T, F) linear magnitude -> (B, hop * (T - 1)). Looks for phases that fit the magnitudes,
+    from zero phase on (Perraudin, Balazs and Sondergaard, WASPAA 2013)."""
+    phase = torch.ones_like(magnitude, dtype=torch.complex64)
+    previous = 0
+    for _ in range(rounds):
+        rebuilt = stft(istft(magnitude * phase, cfg), cfg)
+        phase = rebuilt - momentum / (1 + momentum) * previous
+        phase = phase / phase.abs().clamp(min=1e-8)
+        previous = rebuilt
+    return istft(magnitude * phase, cfg)
+
 
 # ==================== shared: corpus ====================
+@dataclass(eq=False)
 class Corpus:
-    """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
-    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
-    def __init__(self, folder, cfg, speakers=(), is_test=False):
-        root = Path(folder)
-        paths = audio_files(root)
-        names = [p.relative_to(root).as_posix() for p in paths]
-        try:
-            who = [m and m[1] for m in map(re.compile(cfg.speaker).search, names)]
-        except (re.error, IndexError) as error:
-            raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
-        if None in who:
-            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
-        length, self.audio = decode(paths, cfg.sample_rate)
-        good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
-        if len(bad):
-            lost = f"{root}: {len(bad)} of {len(paths)} files unreadable, the first is {paths[bad[0]]}"
-            if len(bad) > 0.1 * len(paths):
-                raise UserError(f"{lost}; mend or remove them")
-            print(f"{lost}; left out")
-        names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
-        self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
-        self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
-        self.known = len(speakers or self.speakers)
-        self.labels = Path(not is_test and cfg.phones or root / "phones.txt")
-        if cfg.phones and not self.labels.exists() and not is_test:
-            raise UserError(f"--phones {cfg.phones}: no such file")
-        if self.labels.exists() and len({p.stem for p in paths}) < len(paths):
-            raise UserError(f"{root}: two files share a name, by which {self.labels} finds them; rename one")
-        total, count, parts = collections.Counter(who), collections.Counter(), ([], [])
-        order = sorted(range(len(names)), key=lambda u: hashlib.md5(os.fsencode(names[u])).digest())
-        for u in order:                                # the first tenth of a speaker's is held out, never all
-            count[who[u]] += 1
-            parts[is_test or count[who[u]] <= -(-total[who[u]] // 10) < total[who[u]]].append(u)
-        self.train, self.held = (np.array(part, int) for part in parts)
-        minutes, short = length.sum() / cfg.sample_rate / 60, (self.length < cfg.crop).sum()
-        print(f"{root}: {len(names)} utterances, {len(total)} speakers, {minutes:.1f} minutes; {short} "
-              "shorter than a crop are repeated", *map("{} -> {}".format, names[:3], who),
-              sep="\n    ", flush=True)
-        if len(total) < 2 and not is_test:
-            raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; set --speaker, a regex")
-        if not len(self.held):
-            raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
+    """A folder of audio. Utterance u is audio[start[u] : start[u] + length[u]]."""
+
+    root: Path
+    paths: list  # (U,) files; a long one is several utterances
+    audio: torch.Tensor  # (N,) int16, all utterances one after another
+    start: np.ndarray  # (U,) samples
+    length: np.ndarray  # (U,) samples
+    speakers: list  # names
+    speaker: np.ndarray  # (U,) index into speakers
+    train: np.ndarray  # utterances to train on
+    held: np.ndarray  # held-out utterances: a tenth of each speaker's, in a test corpus all
 
     def wave(self, u):
-        """Utterance u, whole -> (N,) float32 in [-1, 1]."""
-        return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
+        """Utterance u -> (N,) float32 in [-1, 1]."""
+        return self.audio[self.start[u] : self.start[u] + self.length[u]].float() / 32768
 
-    def phones(self, utterances):
-        """-> {u: (M,) class of every 10 ms} for those in the label file, read line by line: it is large."""
-        wanted = {self.paths[u].stem: u for u in utterances}
-        lines = map(str.split, open(self.labels if self.labels.exists() else os.devnull))
-        rows = {wanted[words[0]]: words[1:] for words in lines if words and words[0] in wanted}
-        index = {p: i for i, p in enumerate(sorted(set().union(*rows.values())))}
-        return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
-@contextlib.contextmanager
-def once(path, anew=False):
-    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
-        time.sleep(0.2)
-    if path.exists() and not anew:
-        yield None
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            yield Path(folder) / path.name
-            if anew or not path.exists():                # another run may have been faster
-                os.replace(Path(folder) / path.name, path)
-
-def decode(paths, sample_rate):
-    """Decodes each file once, in threads, at most 256 in memory -> (lengths (U,), 0 where unreadable; audio
-    int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
-    stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
-    cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-    def read(path):
-        with contextlib.suppress(UserError):
-            return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        return np.zeros(0, np.int16)
-    with once(cache) as part:
-        if part:
-            lengths = []
-            with open(part, "wb") as file, ThreadPoolExecutor() as pool:
-                for i in range(0, len(paths), 256):
-                    for wave in pool.map(read, paths[i:i + 256]):
-                        lengths.append(len(wave))
-                        file.write(wave)
-                    print(f"decoded {len(lengths)} of {len(paths)} files", flush=True)
-                file.write(np.array(lengths))
-    audio = np.memmap(cache, np.int16, "c")
-    return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
-
-def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
-    data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
-    corpus = Corpus(data, cfg, speakers)
-    if test:
-        corpus.test = Corpus(test, cfg, corpus.speakers, is_test=True)
+def load_corpus(cfg):
+    """The corpus of --data, or of toy voices; its `test` is that of --test, or the corpus
+    itself."""
+    if not cfg.data:
+        make_once(Path("runs/toy"), write_toy)
+        cfg = replace(cfg, data="runs/toy/train", test="runs/toy/test")
+    corpus = read_corpus(Path(cfg.data), cfg, is_test=False)
+    corpus.test = read_corpus(Path(cfg.test), cfg, is_test=True) if cfg.test else corpus
     if cfg.device == "cuda" and corpus.audio.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        corpus.audio = corpus.audio.cuda()
+        corpus.audio = corpus.audio.cuda()  # then batches need no transfer
     return corpus
 
+
+def read_corpus(root, cfg, is_test):
+    """One folder -> its Corpus."""
+    names = [name for name in audio_names(root) if re.search(cfg.include, name)]
+    owners = find_speakers(names, cfg, least=1 if is_test else 2)
+    audio, length, file = decode([root / name for name in names], cfg.sample_rate)
+    names = [names[f] for f in file]  # (U,)
+    lost = length < cfg.win
+    note = f"{root}: {lost.sum()} of {len(lost)} recordings unreadable or shorter than a window"
+    note = f"{note}, the first: {root / names[lost.argmax()]}"
+    if lost.mean() > 0.1:
+        raise UserError(f"{note}; fix or remove them")
+    if lost.any():
+        print(f"{note}; left out")
+
+    speakers, speaker = np.unique(owners[file], return_inverse=True)
+    train, held = split(names, speaker, np.flatnonzero(~lost), is_test)
+    minutes = length.sum() / cfg.sample_rate / 60
+    short = (length < cfg.crop).sum()
+    print(f"{root}: {minutes:.1f} minutes, {len(names)} utterances ({short} shorter than a crop),")
+    print(f"    {len(speakers)} speakers: {', '.join(speakers[:5])} ..", flush=True)
+    if not len(held):
+        raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
+    start = length.cumsum() - length
+    paths = [root / name for name in names]
+    return Corpus(root, paths, audio, start, length, speakers.tolist(), speaker, train, held)
+
+
+def find_speakers(names, cfg, least):
+    """Paths below a folder -> the speaker of each: group 1 of --speaker."""
+    advice = "set it to a regex whose group 1 is the speaker"
+    for layout in (
+        cfg.speaker,
+        r"([^/]+)/",
+        r"/([^/]+)/",
+        r"/([^/]+)/[^/]*$",
+        r"([^/_-]+)[_-][^/]*$",
+    ):
+        matches = [re.search(layout, name) for name in names]
+        owners = [match[1] for match in matches if match]
+        if len(owners) == len(names) and len(set(owners)) >= least:
+            if layout == cfg.speaker:
+                return np.array(owners)
+            advice = f"--speaker '{layout}' would find {len(set(owners))}, such as {owners[0]}"
+            break
+    raise UserError(
+        f"--speaker {cfg.speaker!r} does not find {least} speakers in {names[:2]} ..; {advice}"
+    )
+
+
+def split(names, speaker, utterances, is_test):
+    """-> those of `utterances` to train on, and the held-out ones, in the order of a hash of their
+    names."""
+    # Of the two microphones of VCTK both recordings of a take stay together.
+    takes = [re.sub(r"(_mic\d)?\.\w+$", "", name) for name in names]
+    order = sorted(utterances, key=lambda u: hashlib.md5(os.fsencode(takes[u])).digest())
+    takes_of = defaultdict(dict)  # speaker -> take -> its place in this order
+    for u in order:
+        places = takes_of[speaker[u]]
+        places.setdefault(takes[u], len(places))
+    train = []
+    held = []
+    for u in order:
+        # A tenth of each speaker's takes is held out; a single one is only trained on.
+        places = takes_of[speaker[u]]
+        held_out = is_test or places[takes[u]] < ceil(len(places) / 10) < len(places)
+        (held if held_out else train).append(u)
+    return np.array(train, int), np.array(held, int)
+
+
+def make_once(path, write):
+    """Makes the file or folder `path` by write(part), unless it exists. `part` is renamed at the
+    end, so that `path` is whole or not there. Of the processes of torchrun one writes, and the
+    others wait."""
+    while LOCAL_RANK > 0 and not path.exists():
+        time.sleep(0.2)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            write(part)
+            if not path.exists():  # another run may have been faster
+                os.replace(part, path)
+
+
+def decode(paths, sample_rate):
+    """Decodes each file once -> audio (N,) int16, mapped from a file under runs/cache, and the
+    length (P,) and the file (P,) of each piece. Unreadable ones have length 0."""
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    cache = Path(f"runs/cache/{sample_rate}-{stamp}")
+    make_once(cache, lambda part: decode_files(paths, sample_rate, part))
+    audio = np.memmap(cache / "audio.pcm", np.int16, "c")
+    return torch.from_numpy(audio), *np.load(cache / "pieces.npy")
+
+
+def decode_files(paths, sample_rate, folder):
+    """Writes all pieces of all files to folder/audio.pcm, and their lengths and files to
+    pieces.npy."""
+
+    def decode_piece(piece):
+        path = paths[piece[0]]
+        try:
+            wave = read_piece(path, *piece[1:], sample_rate)
+        except UserError:
+            wave = torch.zeros(0)
+        if (wave.abs() > 2).any():
+            print(f"warning: {path}: samples far beyond -1..1 are cut; rescale it")
+        return (wave * 32768).round().clamp(-32768, 32767).short().numpy()
+
+    pieces = [(file, *piece) for file, path in enumerate(paths) for piece in find_pieces(path)]
+    lengths = []
+    folder.mkdir()
+    with open(folder / "audio.pcm", "wb") as audio, ThreadPoolExecutor() as pool:
+        for i in range(0, len(pieces), 64):  # so many are in memory at a time
+            if i % 1024 == 0:
+                print(f"decoding: {i} of {len(pieces)} recordings done", flush=True)
+            for wave in pool.map(decode_piece, pieces[i : i + 64]):
+                lengths.append(len(wave))
+                audio.write(wave)
+        audio.write(bytes(2))  # an empty file cannot be mapped
+    np.save(folder / "pieces.npy", [lengths, [piece[0] for piece in pieces]])
+
+
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
-    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from
+    a random place of each of `utterances`, or of batch_size different training ones. A function of
+    (seed, step, draw, rank) alone, so that a resumed run sees what an uninterrupted one would
+    see."""
     rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
-        if len(corpus.train) < cfg.batch_size:
-            raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
-        utterances = corpus.train[rng.choice(len(corpus.train), cfg.batch_size, replace=False)]
+        utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
     length = corpus.length[utterances]
-    first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
-    index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
-    wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-            "utterance": torch.from_numpy(utterances).to(cfg.device)}
+    first = (rng.random(len(length)) * np.maximum(length - cfg.crop + 1, 1)).astype(int)
+    offset = (first[:, None] + np.arange(cfg.crop)) % length[
+        :, None
+    ]  # (B, crop); short ones repeat
+    index = torch.from_numpy(corpus.start[utterances, None] + offset)
+    wave = corpus.audio[index.to(corpus.audio.device)].to(cfg.device).float() / 32768
+    speaker = torch.tensor(corpus.speaker[utterances], device=cfg.device)
+    return dict(wave=wave, speaker=speaker, utterance=torch.tensor(utterances, device=cfg.device))
 
-def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
-    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
-    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
-    table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
-             "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
-             "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
-             "sh": (300, 1800, 3000, 0, .7), "f": (350, 1100, 6500, 0, .25), "sil": (450, 1400, 2500, 0, 0)}
-    names, table = list(table), np.array(list(table.values()))               # F1, F2, F3 in Hz, voice, noise
-    cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
-    freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
-    voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
-    with once(Path("runs/toy")) as root:
-        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 160)):
-            pitch, tract, tilt, breath, level, offset = voices[s]
-            folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
-            colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
-            colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
-            phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
-            f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
-            f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
-            turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
-            pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / (4 * h) ** 0.5      # h cosines
-            pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                # (F, T)
-                            for x in (pulse, rng.normal(0, 1, len(f0))))
-            ratio = freq[..., None] / (track[:3] * (1.05 - 0.1 * tract)).T   # (F, T, 3)
-            shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
-            shape *= 10 ** colour / (1 + freq / 500) ** (0.3 * tilt + 0.4)
-            source = pulse * (1 - 0.09 * breath ** 2) ** 0.5 + 0.3 * breath * noise
-            mixed = track[3] * shape * source
-            mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
-            wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
-            wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
-            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
-            with open(folder / "phones.txt", "a") as file:
-                print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
-    return "runs/toy/train", "runs/toy/test"
-# ==================== end shared: corpus ====================
 
-# ==================== shared: probe ====================
-def linear_probe(x, y, classes):
-    """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000,
-    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors."""
-    x, y = x[::-(-len(y) // 50_000)], y[::-(-len(y) // 50_000)]
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-5)
-    w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
-    predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
-    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-    def closure():
-        loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
-        w.grad, = torch.autograd.grad(loss, w)
-        return loss
-    optimizer.step(closure)                                             # gradients also under no_grad
-    return predict
+# ==================== shared: toy ====================
+# Of each toy phone: three formants in Hz, the loudness of the voice, the loudness of the friction.
+PHONES = """
+    a    800 1250 2500  1    0
+    e    480 1900 2600  1    0
+    i    280 2300 3000  1    0
+    o    480  850 2400  1    0
+    u    300  700 2200  0.8  0
+    m    250 1100 2100  0.4  0
+    l    360 1300 2900  0.6  0
+    z    250 1700 4500  0.4  0.12
+    s    250 1700 5500  0    0.24
+    sh   300 1800 3000  0    0.28
+    f    350 1100 6500  0    0.1
+    sil  450 1400 2500  0    0
+"""
 
-def equal_error_rate(x, speaker):
-    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
-    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
-    x = F.normalize(x - x.mean(0), dim=1)
-    a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
-    if not 0 < same.sum() < len(same):
-        return None
-    rejected, accepted = same.cumsum(0) / same.sum(), 1 - (1 - same).cumsum(0) / (1 - same).sum()
-    i = (rejected - accepted).abs().argmin()
-    return ((rejected[i] + accepted[i]) / 2).item()
 
-def stretch(labels, frames, samples, cfg):
-    """(M,) labels, one per 10 ms -> (frames,): the label in the middle of each equal part of `samples`."""
-    at = (np.arange(frames) + 0.5) * samples / frames / cfg.sample_rate * 100
-    return torch.from_numpy(labels[at.astype(int).clip(0, len(labels) - 1)]).to(cfg.device)
+def toy_voice(s):
+    """The five traits of speaker s, the same in all utterances: (tilt, pitch, breath, scale, echo).
 
-def labelled(corpus, utterances, xs, phones, cfg):
-    """Of the (T', D) of each utterance, those with labels -> their frames (n, D) and phones (n,)."""
-    rows = [(x, u) for x, u in zip(xs, utterances) if u in phones]
-    y = [stretch(phones[u], len(x), corpus.length[u], cfg) for x, u in rows]
-    return torch.cat([x for x, _ in rows]), torch.cat(y)
+    tilt    how fast the harmonics above 500 Hz decay
+    pitch   mean f0 in octaves above 1 Hz, from 84 to 256 Hz
+    breath  loudness of the noise that the glottis adds to its pulses
+    scale   of the formants: the shorter the vocal tract, the higher
+    echo    delay of the reflection from the desk, in samples
 
-@torch.no_grad()
-def evaluate(model, corpus, cfg):
-    """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
-    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
-    torch.manual_seed(cfg.seed)
-    untrained = Model(cfg, corpus.known).to(cfg.device)
-    prepare(untrained, corpus, cfg)                                 # the control: everything but the training
-    parts = (corpus, corpus.train), (corpus, corpus.held), (corpus.test, corpus.test.held)
-    parts = [(c, us[:cfg.probe]) for c, us in parts]
-    who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
-    phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-    def accuracy(what, x, y):                                                # x, y: (fit, held)
-        chance[what] = (y[1].bincount().max() / len(y[1])).item()
-        probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
-        return (probe(x[1]).argmax(1) == y[1]).float().mean().item()
-    for source, net in {"log-mel": None, "untrained": untrained.eval(), "": model.eval()}.items():
-        encode = lambda wave: represent(net, wave, cfg) if net else {"": log_mel(wave[None], cfg)[0]}
-        encoded = [[encode(c.wave(u).to(cfg.device)) for u in us] for c, us in parts]
-        for name in encoded[0][0]:
-            x = [[e[name].float() for e in part] for part in encoded]        # (T', D) or (D,) each
-            mean = [torch.stack([v if v.dim() == 1 else v.mean(0) for v in part]) for part in x]
-            row = {"phone": None, "speaker": accuracy("speaker", mean, who)}
-            table[f"{name} {source}".strip()] = row
-            if x[0][0].dim() == 2 and all(not phones.keys().isdisjoint(us) for _, us in parts[:2]):
-                frames = [labelled(c, us, v, phones, cfg) for (c, us), v in zip(parts[:2], x)]
-                row["phone"] = accuracy("phone", *zip(*frames))
-            row["eer"] = equal_error_rate(mean[2], who[2])
-    return {"chance": chance, "representations": table}
-# ==================== end shared: probe ====================
+    Multiples of the square roots of primes, modulo 1, fill the cube of the traits evenly: no two
+    voices are alike, and later speakers fall into the gaps that earlier ones leave.
+    """
+    place = s * np.sqrt([2, 3, 5, 7, 11]) % 1
+    span = [0.8, 1.6, 0.9, 0.2, 20]
+    lowest = [0.2, 6.4, 0, 0.9, 5]
+    return place * span + lowest
 
-# ==================== shared: listen ====================
-@torch.no_grad()
-def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
-    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
-    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
-    alone). None without a TARGET."""
-    pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
-    aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
-    others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
-    pairs = np.array([(u, rng.choice(vs)) for u, vs in others if len(vs)])           # (24, 2): source, target
-    rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
-    if not TARGET or not len(pairs) or not len(rest):
-        return None
-    clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
-    aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
-    copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "copy": copies, "target": clips[1],
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
-             "conversion": convert(model, clips[0], aims, cfg)}
-    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
-        who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
-    phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
-    hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
-    mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
-    heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
-    judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
-        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-    table = {}
-    for name in ("conversion", "reconstruction", "copy"):
-        mels = [hear(w) for w in waves[name]]
-        heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
-        kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
-        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
-        table[name] = {"target": target, "source": source,
-                       "phones": torch.cat(kept).float().mean().item() if kept else None}
-    return {"pairs": len(pairs), **table.pop("conversion"), **table}
-# ==================== end shared: listen ====================
 
-# ==================== shared: page ====================
-def picture(wave, cfg):
-    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
-    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
-    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
-    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
-    word = lambda n: n.to_bytes(4, "big")
-    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
-    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
-    return f'<img height=96 src="data:image/png;base64,{png}">'
+def glottal_pulses(f0):
+    """f0 in Hz (N,) -> (N,) one pulse per period: the sum of the cosines of all harmonics.
 
-def page(out, result, table, log, cfg):
-    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
-    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
-    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note).replace('_', '_<wbr>')}</figure>"
-    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
-    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio,svg{width:100%}"
-            "div{display:flex;flex-wrap:wrap} figure{width:17em;margin:4px} path{fill:none;stroke:red;stroke-"
-            f"linecap:round}}</style><h1>{escape(result['command'])}</h1><table><tr>{rows}</table><div>"]
-    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
-        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
-        span = max(np.ptp(y), 1e-5 * abs(y).max(), 1e-9)                     # what is constant is a flat line
-        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / span], 1).round(1)
-        path = f'<path d="M{" ".join(map(str, dots.ravel()))}h0"/>'
-        html.append(figure(f'<svg viewBox="0 0 190 80">{path}</svg>', f"{k} {y.min():.4g} to {y.max():.4g}"))
-    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
-    show = lambda path: figure(picture(read_audio(path, cfg.sample_rate), cfg) + "<audio controls "
-                               f'src="samples/{quote(path.name)}"></audio>', path.name)
-    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
-        html += ["</div><div>", *map(show, paths)]
-    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
-# ==================== end shared: page ====================
+    Harmonics above 7600 Hz are left out, so that none folds back at the sample rate of 16 kHz.
+    Their sum needs no loop: cos(2x) + .. + cos(2hx) = (sin((2h + 1) x) / sin(x) - 1) / 2, where x
+    is half the phase of f0.
+    """
+    harmonics = 7600 // f0.max()
+    x = np.pi * f0.cumsum() / 16000
+    pulses = np.sin((2 * harmonics + 1) * x) / np.sin(x) - 1
+    return pulses / harmonics**0.5  # the same power at every pitch
+
+
+def toy_utterance(s, n):
+    """Utterance n of speaker s -> wave (N,) at 16 kHz, and its phones (T,), one per 10 ms."""
+    tilt, pitch, breath, scale, echo = toy_voice(s)
+    rng = np.random.default_rng((s, n))
+    table = np.array(PHONES.split()).reshape(12, 6)
+    cfg = Config(n_fft=512, win=512, hop=160)
+
+    # The content does not depend on the speaker: 12 random phones of 60 to 160 ms between two
+    # silences. The articulators take 50 ms to move from one phone to the next.
+    phones = np.repeat([11, *rng.choice(12, 12), 11], rng.integers(6, 17, 14))  # (T,)
+    targets = torch.from_numpy(table[phones, 1:].T.astype(np.float32))  # (5, T)
+    *formants, voicing, friction = F.avg_pool1d(targets, 5, 1, padding=2)
+
+    # The source: noise, and pulses whose pitch glides from one random height to another.
+    glide = rng.uniform(-0.2, 0.2, 2)
+    f0 = 2 ** (pitch + np.linspace(*glide, 160 * len(phones) - 160))
+    source = np.stack([glottal_pulses(f0), rng.standard_normal(len(f0))])
+    pulses, noise = stft(torch.from_numpy(source), cfg).mT  # (F, T) each
+
+    # The filter: the voice passes three resonances, the noise of friction only the last.
+    frequency = torch.linspace(0, 8000, 257)[:, None]
+    voice = voicing * (pulses + breath * noise) / (1 + frequency / 500) ** tilt
+    for formant in formants:
+        ratio = frequency / (scale * formant)
+        resonance = 1 / (1 + 0.14j * ratio - ratio**2)
+        voice = voice * resonance
+    spectrum = voice + (friction * resonance + 0.004) * noise  # 0.004: no room is silent
+    wave = istft(spectrum.T[None], cfg)[0]
+
+    # The desk reflects the sound, a little later and weaker.
+    wave += 0.3 * wave.roll(int(echo))
+    return 0.08 * wave / wave.std(), table[phones[1:], 0]
+
+
+def write_toy(root):
+    """Writes 24 speakers to root/train and 16 others to root/test, with the phones of each."""
+    for s in range(1, 41):
+        part = root / ("train" if s <= 24 else "test")
+        for n in range(54 if s <= 24 else 15):
+            wave, phones = toy_utterance(s, n)
+            path = part / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav"
+            write_audio(path, wave, 16000)
+            with open(part / "phones.txt", "a") as file:
+                print(path.stem, *phones, file=file)
+
 
 # ==================== shared: main ====================
-NAME, BEGAN = Path(__file__).stem, time.time()
-CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-
 def parse(argv):
-    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: exit 2."""
-    file_modes = ("checkpoint", "source", "output")
-    needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
-    mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
-    parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
-                                     description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see python {NAME}.py --help\n")
-    boolean = lambda text: ("false", "true").index(text.lower()) == 1
-    notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
-    for f in fields(Config):
-        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
-        parser.add_argument(*names, dest=f.name, nargs="?" if f.name == "data" else None,   # alone: the toy
-                            type={bool: boolean, int: int, float: float}.get(f.type, str),
-                            choices=get_args(f.type) or None,
-                            help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    parser.add_argument("--checkpoint", help="run folder or model.pt")
-    parser.add_argument("--source", help="audio file; or folder to encode")
-    parser.add_argument("--target", help=TARGET or "not used here")
-    parser.add_argument("--output", help="what to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
+    """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
+    2."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nEvery field of Config is a flag too:\n\n{inspect.getsource(Config)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser.add_argument("mode", nargs="?", default="train", choices=["train", "convert", "encode"])
+    for name in ("checkpoint", "source", "target", "output"):
+        parser.add_argument(f"--{name}")
+    for name in ("toy", "resume"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for field in fields(Config):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type={int: int, float: float, bool: json.loads}.get(field.type, str),
+            choices=get_args(field.type) or None,
+            nargs="?" if field.name == "data" else None,  # --data alone: the toy voices
+        )
     flags = parser.parse_args(argv)
-    given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
-    for name, value in given.items():
-        zero = value == 0 and (name == "seed" or type(value) is float)
-        if type(value) in (int, float) and not (zero or 0 < value < math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
-    if given.get("device") == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here; leave the flag out")
-    for name in (*needs[mode], *["out"] * flags.resume):
-        if not getattr(flags, name):
-            parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
-    return mode, given, flags
+    if flags.mode != "train" and None in (flags.checkpoint, flags.source, flags.output):
+        parser.error(f"{flags.mode} needs --checkpoint, --source and --output")
+    if flags.resume and not flags.out:
+        parser.error("--resume needs --out")
+    if flags.output and Path(flags.output).exists():
+        parser.error(f"{flags.output}: exists; remove it or choose another --output")
+    names = Config.__dataclass_fields__
+    return flags, {name: v for name, v in vars(flags).items() if name in names and v is not None}
 
-def save(path, model, optimizers, step, cfg, speakers):
-    """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
+
+def save(path, **content):
+    """Writes a checkpoint. At every moment `path` is the old one or the new one, whole."""
+    part = path.with_suffix(".part")
     try:
-        with once(path, anew=True) as part, open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
-                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
-                        "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
+        with open(part, "wb") as file:
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(part, path)
     except RuntimeError as error:
-        raise error.__context__ or error                 # torch wraps what the disk said
+        raise error.__context__ or error  # torch hides what the disk said
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def load(path, **overrides):
-    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
-    file = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"{file}: no such checkpoint; give a run folder or its model.pt")
+    """Run folder or model.pt -> model in eval mode, cfg, checkpoint. Runs no code that the file
+    holds."""
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        script, saved = checkpoint["script"], checkpoint["config"]
-    except Exception:                                                   # whatever torch makes of a wrong file
-        raise UserError(f"{file}: not a checkpoint, or a damaged one; give another") from None
-    if script != NAME:
-        raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
-    try:
-        cfg = Config(**saved | overrides)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == NAME, f"it is of {checkpoint['script']}.py"
+        cfg = Config(**checkpoint["config"] | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, RuntimeError):
-        raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
+    except Exception as error:  # torch has many for a wrong file
+        raise UserError(
+            f"{path}: not a checkpoint of {NAME}.py with these flags: {error}"
+        ) from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def train(given, flags):
-    """Trains, then reports; leaves model.pt, log.jsonl, result.json, index.html and samples/ in --out."""
-    checkpoint = None
-    if WORLD > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
-    out = Path(given.get("out") or next(free))
-    if flags.resume and (out / "model.pt").exists():
-        model, cfg, checkpoint = load(out, **given)
-    elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
+
+def claim_folder(flags):
+    """Makes the run folder, --out or the first of runs/NAME-1, -2 .. that is free, in one go, so
+    that two runs never share it."""
+    for i in itertools.count(1):
+        out = Path(flags.out or f"runs/{NAME}-{i}")
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True, exist_ok=flags.resume)
+            return out
+        if flags.out:
+            raise UserError(f"{out}: exists; add --resume to continue it, or choose another --out")
+
+
+def average_gradients(model):
+    """Gives all processes the weights of the first, and after every backward the mean gradient."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD_SIZE)))
+
+
+def train(flags, given):
+    """Trains a model; leaves model.pt, log.jsonl, run.json and samples/ in the run folder."""
+    began = time.time()
+    model = checkpoint = None
+    if flags.resume and Path(flags.out, "model.pt").exists():
+        model, cfg, checkpoint = load(flags.out, **given)
     else:
-        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+        cfg = Config(**(TOY if flags.toy or not flags.data else {}) | given)
+    if WORLD_SIZE > 1:
+        if cfg.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)  # from here on "cuda" is the GPU of this process
+        dist.init_process_group()
+
     corpus = load_corpus(cfg)
+    model, optimizers, first = build(model, corpus, cfg, checkpoint)
+    out = claim_folder(flags) if RANK == 0 else None
+    run = describe_run(cfg)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
+    print(f"    {millions:.1f} million parameters on {run['hardware']}", flush=True)
+    if cfg.device == "cpu" and flags.data and not flags.toy:
+        print("no CUDA device for a model of full size: add --toy for the small one", flush=True)
+
+    optimize(model, optimizers, corpus, cfg, out, first)
+    if RANK == 0:
+        (out / "samples").mkdir(exist_ok=True)
+        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        run = dict(run, seconds=time.time() - began, metrics=metrics)
+        (out / "run.json").write_text(json.dumps(run, indent=1))
+        print(re.sub(r"(\.\d{4})\d+", r"\1", json.dumps(metrics, indent=1)))  # four decimals
+        print(f"measure, see and hear it: python tests/compare.py {out}")
+    if WORLD_SIZE > 1:
+        dist.barrier()  # torchrun ends all processes when one of them ends
+        dist.destroy_process_group()
+
+
+def build(model, corpus, cfg, checkpoint):
+    """-> model, optimizers and the number of steps done: new, or as the checkpoint has them."""
+    if len(corpus.train) < cfg.batch_size:
+        count = len(corpus.train)
+        raise UserError(f"{count} training utterances fill no batch; lower --batch-size")
+    if checkpoint and checkpoint["speakers"] != corpus.speakers:
+        raise UserError(f"{cfg.data}: other speakers than the checkpoint's; choose another --out")
     torch.manual_seed(cfg.seed)
     if not checkpoint:
-        model = Model(cfg, corpus.known).to(cfg.device)
+        model = Model(cfg, len(corpus.speakers)).to(cfg.device)
         prepare(model, corpus, cfg)
-    elif checkpoint["speakers"] != corpus.speakers:
-        raise UserError(f"{cfg.data}: not the speakers that {out} was trained on; choose another --out")
     optimizers = make_optimizers(model, cfg)
     for name in optimizers if checkpoint else ():
         optimizers[name].load_state_dict(checkpoint["optimizers"][name])
-    if WORLD > 1:                                                 # one start; then every gradient is averaged
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
-    out.mkdir(parents=True, exist_ok=True)
-    done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)                                   # asked once: after this step; twice: now
-    for step in range(done, cfg.steps):
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
-                            cache_enabled=False):                 # its copies of weights could outlive a step
-            window.append(train_step(model.train(), optimizers, corpus, step, cfg))
-        finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
-        bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device
-        end = done == cfg.steps or bool(stop)
-        if done % cfg.log_every == 0 or end:
-            spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
-            log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
-            log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "seconds_left": (cfg.steps - done) * spent}
-            print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
-            with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
-                print(json.dumps({"step": done} | log), file=file)
-            window, last = [], time.time()
-        if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
-            raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
-        sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
-        if sound and all(t.isfinite().all() for t in model.state_dict().values()):
-            save(out / "model.pt", model, optimizers, done, cfg, corpus.speakers)
-        if end and stop:
-            raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if not RANK:
-        report(model, corpus, cfg, out, done)
+    if WORLD_SIZE > 1:
+        average_gradients(model)
+    return model, optimizers, checkpoint["step"] if checkpoint else 0
 
-def report(model, corpus, cfg, out, steps):
-    """Measures everything -> out/result.json, samples/, index.html, and the table on the screen."""
-    print("measuring what the representations know and what conversion does", flush=True)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
-    speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
-              "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
-              "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
-                       "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
-              "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
-              f"CPU, {torch.get_num_threads()} threads",
-              "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
-              "conversion": listen(model, corpus, cfg, out / "samples"),
-              "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - BEGAN, 1)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
-    for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
-    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
-        value = value if isinstance(value, dict) else {"": value}
-        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
-    for name, *cells in table:
-        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
-    page(out, result, table, log, cfg)
-    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
+
+def describe_run(cfg):
+    """What made a run -> the first entries of run.json. The hash is of the method, without the
+    plumbing."""
+    source = Path(__file__).read_text()
+    method = source[
+        source.index("@dataclass(frozen") : source.index("# ==================== shared")
+    ]
+    cuda = cfg.device == "cuda"
+    return dict(
+        script=NAME,
+        method_sha256=hashlib.sha256(method.encode()).hexdigest(),
+        command=shlex.join(["python", *sys.argv]),
+        config=asdict(cfg),
+        steps=cfg.steps,
+        hardware=torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        torch=torch.__version__,
+    )
+
+
+def optimize(model, optimizers, corpus, cfg, out, first):
+    """The training loop, from step `first` on. Ctrl-C and SIGTERM let a step end, then save and
+    stop."""
+    stop = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        signal.signal(number, lambda *_: stop.append(1))
+    began = time.time()
+    for step in range(first, cfg.steps):
+        torch.manual_seed(
+            (cfg.seed * 1_000_003 + step) * WORLD_SIZE + RANK
+        )  # a resumed run draws the same
+        # Without cache_enabled=False, copies of the weights in bfloat16 could outlive a step.
+        with torch.autocast(
+            cfg.device, torch.bfloat16, cfg.bf16 and cfg.device == "cuda", cache_enabled=False
+        ):
+            metrics = train_step(model.train(), optimizers, corpus, step, cfg)
+        done = step + 1
+        saving = done == cfg.steps or done % cfg.save_every == 0 or stop
+        if saving or done % cfg.log_every == 0 or done - first in (1, 10):
+            log(metrics, done, (time.time() - began) / (done - first), cfg, out)
+        if saving and RANK == 0:
+            save(
+                out / "model.pt",
+                script=NAME,
+                step=done,
+                config=asdict(cfg),
+                speakers=corpus.speakers,
+                model=model.state_dict(),
+                optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            )
+        if stop:
+            command = shlex.join(["python", *sys.argv, "--out", str(out), "--resume"])
+            print(f"saved at step {done}; continue with: {command}")
+            raise KeyboardInterrupt
+    for number in signals:
+        signal.signal(number, signal.default_int_handler)
+
+
+def log(metrics, done, pace, cfg, out):
+    """Prints the metrics of a step and appends them to log.jsonl."""
+    line = {name: value.item() for name, value in metrics.items()}  # waits for the GPU
+    if not all(map(math.isfinite, line.values())):
+        raise UserError(f"step {done}: the loss is not finite; lower --lr")
+    if RANK == 0:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+        left = timedelta(seconds=round((cfg.steps - done) * pace))
+        print(f"step {done}/{cfg.steps}  {shown}  {pace:.3g} s a step, {left} left", flush=True)
+        with open(out / "log.jsonl", "a") as file:
+            print(json.dumps({"step": done, **line}), file=file)
+
+
+def read_source(path, cfg):
+    """Audio file -> its pieces (n,), on the device."""
+    wave = read_audio(path, cfg.sample_rate).to(cfg.device)
+    if len(wave) < cfg.win or wave.abs().max() < 1e-4:
+        raise UserError(
+            f"{path}: silent, or shorter than a window of {cfg.win} samples; give another"
+        )
+    return wave.tensor_split(ceil(len(wave) / PIECE_SECONDS / cfg.sample_rate))
+
+
+def convert_file(flags, given):
+    """What --source says, in the voice of --target or, without one, its own -> --output."""
+    if Path(flags.output).suffix.lower() not in AUDIO_ENDINGS:
+        raise UserError(f"{flags.output}: unknown ending; end it in .wav or .flac")
+    model, cfg, checkpoint = load(flags.checkpoint, **given)
+    speakers = checkpoint["speakers"] if TARGET else []
+    target = flags.target
+    if target and TARGET == "recording":
+        target = read_source(target, cfg)[0]
+    elif target and target not in speakers:
+        raise UserError(f"--target {target}: choose from {speakers[:40]}")
+    elif target:
+        target = speakers.index(target)
+    waves = [convert(model, [piece], [target], cfg)[0] for piece in read_source(flags.source, cfg)]
+    write_audio(flags.output, torch.cat(waves), cfg.sample_rate)
+
+
+def encode_files(flags, given):
+    """The representations of --source, a file or a folder -> --output/PATH.REPRESENTATION.npy."""
+    model, cfg, _ = load(flags.checkpoint, **given)
+    source = Path(flags.source)
+    names = audio_names(source) if source.is_dir() else [""]
+    stems = [Path(name).with_suffix("") for name in names]
+    if len(set(stems)) < len(stems):
+        raise UserError(
+            f"{max(stems, key=stems.count)}.*: two files would write one output; rename one"
+        )
+    for name in names:
+        rows = [represent(model, piece, cfg) for piece in read_source(source / name, cfg)]
+        for key, x in rows[0].items():
+            x = [row[key] for row in rows]
+            is_vector = x[0].dim() == 1 and x[0].is_floating_point()
+            x = torch.stack(x).mean(0) if is_vector else torch.cat(x)
+            path = Path(flags.output, name or source.name).with_suffix(f".{key}.npy")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, x.cpu().numpy())
+
 
 def main(argv):
     """Runs one mode -> exit code."""
     try:
+        flags, given = parse(argv)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        mode, given, flags = parse(argv)
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-        if mode == "train":
-            train(given, flags)
-            return 0
-        output = Path(flags.output or tempfile.mkdtemp())
-        if flags.output and output.exists() and not flags.overwrite:
-            raise UserError(f"{output}: exists; add --overwrite to replace it")
-        if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
-            raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
-        model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-        def read(path):
-            wave = read_audio(path, cfg.sample_rate).to(cfg.device)
-            if len(wave) < cfg.win or wave.abs().max() < 1e-4:
-                what = "silence" if len(wave) >= cfg.win else f"shorter than a window of {cfg.win} samples"
-                raise UserError(f"{path}: {what}; give another recording")
-            return wave
-        files = lambda root: audio_files(root) if root.is_dir() else [root]
-        if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
-        elif mode == "convert":
-            target, speakers = flags.target or None, checkpoint["speakers"]
-            if target and not TARGET:
-                raise UserError(f"--target: {NAME}.py does not convert between speakers; leave it out")
-            if target and TARGET == "recording":            # several of one speaker, one after another
-                target = torch.cat([read(path) for path in files(Path(target))])
-            elif target and target not in speakers:
-                raise UserError(f"--target {target}: unknown; the model knows {', '.join(speakers[:40])}")
-            elif target:
-                target = speakers.index(target)
-            write_audio(output, convert(model, [read(flags.source)], [target], cfg)[0], cfg.sample_rate)
-        else:
-            root, lost = Path(flags.source), []
-            for path in files(root):
-                file = output / path.relative_to(root if root.is_dir() else root.parent)
-                try:
-                    for name, x in represent(model, read(path), cfg).items():
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        np.save(file.with_suffix(f".{name}.npy"), x.float().cpu().numpy())
-                except UserError as error:
-                    lost.append(error)
-            if lost:
-                raise UserError(f"{len(lost)} files could not be encoded, the first: {lost[0]}")
+        sys.stdout.reconfigure(errors="replace")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+        {"train": train, "convert": convert_file, "encode": encode_files}[flags.mode](flags, given)
         return 0
-    except UserError as error:
+    except (UserError, OSError, sf.SoundFileError) as error:
         message = error
-    except torch.cuda.OutOfMemoryError:
-        message = "out of GPU memory; lower --batch-size or --crop"
-    except (OSError, sf.SoundFileError) as error:
-        message = f"{error}; free space there or choose another place"
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error):
+            raise
+        message = (
+            "out of memory; lower --batch-size or --crop, give a shorter recording, or --device cpu"
+        )
     except KeyboardInterrupt:
         return 130
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
     return 1
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-# ==================== end shared: main ====================

@@ -46,25 +46,20 @@ U2  the x of MINE: here the middle frame of the crop, the same for every encoder
 
 The log shows the bounds, 0 where the critic knows nothing, and their ceilings (dv has none: log of how many
 do not match). A higher bound is not a better embedding. prior_critic_loss is 1.39 (and its penalty),
-prior_loss 0.69 where the prior's critic knows nothing. In result.json metrics.mine is I of y and a frame,
+prior_loss 0.69 where the prior's critic knows nothing. In run.json metrics.mine is I of y and a frame,
 metrics.dependency the total correlation of the dimensions of y, both by new critics; r2_*: what decoders
 make of y; nearest: how often the nearest utterance is of the same speaker.
 
     python dim.py                                       a toy corpus, a minute on two CPU cores
     python dim.py --data DIR --test DIR2                any folder of audio, our full size, for a GPU
     python dim.py convert --checkpoint runs/a --source a.wav --output c.wav      what y retains of a.wav
-
-Measured on CPU threads, not on a GPU, at TOY's size: EER of unseen voices by `global` on toy 16, 15, 18 %
-for seeds 0, 1, 2, on which TOY was chosen (untrained 44, 35, 42, log-mel 43), 3.7 % on LibriSpeech (33, 26),
-where a speaker is one recording, 18 % on words (31, 32). Negative: sigmoid(y) is uniform in no run, and
-`dependency` is cut at its ceiling in all, trained or not.
 """
+
 import argparse
-import base64
-import collections
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -75,13 +70,13 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from html import escape
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from math import ceil
 from pathlib import Path
 from typing import Literal, get_args
-from urllib.parse import quote
 
 import numpy as np
 import soundfile as sf
@@ -90,101 +85,163 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+NAME = Path(__file__).stem
+RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
 @dataclass(frozen=True)
 class Config:
-    """The first twenty fields are common to the six scripts. Comments are the help texts."""
-    data: str = ""               # folder of audio; none: the toy corpus
-    test: str = ""               # another folder, for testing, usually of unseen speakers
-    out: str = ""                # run folder; none: the next free runs/NAME-N
-    speaker: str = r"([^/]+)/"   # regex searched in the path below data; group 1 is the speaker
-    phones: str = ""           # lines "utterance-id label label ..", a label per 10 ms; none: DATA/phones.txt
-    sample_rate: int = 16000     # Hz
-    n_fft: int = 512             # points of the Fourier transform
-    win: int = 400               # samples in an analysis window
-    hop: int = 160               # samples between frames
-    n_mels: int = 80             # mel bands
-    crop: int = 20480            # samples in a training example
-    batch_size: int = 64         # training examples in a batch, on each GPU
-    steps: int = 800_000         # training steps
-    lr: float = 1e-4             # learning rate of Adam
-    seed: int = 0                # of weights, batches and noise
+    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+
+    data: str = ""  # folder of audio; none: toy voices
+    test: str = ""  # another folder, usually of unseen speakers, to test on
+    out: str = ""  # run folder; none: the next free runs/NAME-N
+    include: str = ""  # regex: only files whose path below data has it, such as _mic1 in VCTK
+    speaker: str = r"([^/]+)/"  # regex searched in the path below data; group 1 is the speaker
+    sample_rate: int = 16000  # Hz
+    n_fft: int = 512  # points of the Fourier transform
+    win: int = 400  # samples in an analysis window
+    hop: int = 160  # samples between frames
+    n_mels: int = 80  # mel bands
+    crop: int = 20480  # samples in a training example
+    batch_size: int = 64  # training examples in a batch, on each GPU
+    steps: int = 800_000  # training steps
+    lr: float = 1e-4  # learning rate of Adam
+    seed: int = 0  # of weights, batches and noise
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to run
-    bf16: bool = True            # bfloat16 autocast on CUDA
-    probe: int = 1500            # utterances at most to fit the probes on, and to score them on
-    log_every: int = 100         # steps between log lines
-    save_every: int = 5000       # steps between checkpoints
+    bf16: bool = True  # bfloat16 autocast on CUDA
+    log_every: int = 100  # steps between log lines
+    save_every: int = 5000  # steps between checkpoints
 
     objective: Literal["jsd", "dv", "nce"] = "jsd"  # the bound that encoder and critics raise
     pair: Literal["same", "cross"] = "same"  # y and the cells are of one crop (DIM), or of two (D6)
     critic: Literal["dot", "concat"] = "dot"  # encode-and-dot, or concatenate-and-convolve
-    alpha: float = 0.0           # weight of the global bound, DIM(G)
-    beta: float = 1.0            # weight of the local bound, DIM(L)
-    gamma: float = 0.1           # weight of matching sigmoid(y) to the uniform prior; 0: no prior
-    penalty: float = 1.0         # weight of the prior critic's gradient penalty
+    alpha: float = 0.0  # weight of the global bound, DIM(G)
+    beta: float = 1.0  # weight of the local bound, DIM(L)
+    gamma: float = 0.1  # weight of matching sigmoid(y) to the uniform prior; 0: no prior
+    penalty: float = 1.0  # weight of the prior critic's gradient penalty
     infomax_share: float = 0.98  # of the steps are for the encoder, the rest for the decoders
-    channels: int = 256          # D, of the local map
-    d_global: int = 64           # E, size of the global vector
-    hidden: int = 1024           # of the dense layer before the global vector
-    units: int = 1024            # U, of the dot critic
-    concat_units: int = 512      # of the concatenating critics, that of MINE included
+    channels: int = 256  # D, of the local map
+    d_global: int = 64  # E, size of the global vector
+    hidden: int = 1024  # of the dense layer before the global vector
+    units: int = 1024  # U, of the dot critic
+    concat_units: int = 512  # of the concatenating critics, that of MINE included
     decoder_channels: int = 128  # of the decoders
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            may_be_zero = isinstance(value, float) or name == "seed"
+            above_zero = isinstance(value, str | bool) or 0 < value < math.inf
+            if not (above_zero or (value == 0 and may_be_zero)):
+                raise UserError(f"--{name} {value}: must be a number above 0")
+        if not self.hop <= self.win <= self.n_fft:
+            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: there is no CUDA device; leave the flag out")
+        if self.batch_size < 2 or self.crop < 8 * self.hop or not self.alpha + self.beta:
+            raise UserError(
+                "DIM needs --batch-size 2, --crop 8 times --hop, and --alpha or --beta above 0; raise it"
+            )
+
+
 # The same model, narrower, at 8 kHz, for two CPU cores and one minute.
-TOY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=6400, batch_size=32, steps=1400,
-           lr=1e-3, save_every=500, infomax_share=0.3, channels=32, hidden=256, units=128, concat_units=64,
-           decoder_channels=64)
-TARGET = ""                      # there is one vector, not two: nothing to convert with
+TOY = dict(
+    sample_rate=8000,
+    n_fft=256,
+    win=200,
+    hop=80,
+    n_mels=40,
+    crop=6400,
+    batch_size=32,
+    steps=1400,
+    lr=1e-3,
+    save_every=500,
+    infomax_share=0.3,
+    channels=32,
+    hidden=256,
+    units=128,
+    concat_units=64,
+    decoder_channels=64,
+)
+TARGET = ""  # there is one vector, not two: nothing to convert with
+
 
 # ==================== the model ====================
 def pool(h):
     """D3: (B, T, C) -> mean and deviation over time (B, 2 C): the order of things is dropped."""
-    h = h.float()                                                            # also under autocast
+    h = h.float()  # also under autocast
     return torch.cat([h.mean(1), (h.var(1, correction=0) + 1e-5).sqrt()], 1)
+
 
 class Encoder(nn.Module):
     """x (B, T, M) -> local map C (B, T', D), a cell of which sees 14 frames (D1); global vector y (B, E)."""
+
     def __init__(self, cfg):
         super().__init__()
         D, H = cfg.channels, cfg.hidden
 
         def conv(c_in, c_out, kernel, stride=1):
-            return nn.Sequential(nn.Conv1d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False),
-                                 nn.BatchNorm1d(c_out), nn.ReLU())
+            return nn.Sequential(
+                nn.Conv1d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False),
+                nn.BatchNorm1d(c_out),
+                nn.ReLU(),
+            )
+
         self.local = nn.Sequential(conv(cfg.n_mels, D, 5), conv(D, D, 4, 2), conv(D, D, 4, 2))
         self.rest = nn.Sequential(conv(D, 2 * D, 3), conv(2 * D, 2 * D, 3, 2))
-        self.dense = nn.Sequential(nn.Linear(4 * D, H, bias=False), nn.BatchNorm1d(H), nn.ReLU(),
-                                   nn.Linear(H, cfg.d_global))
+        self.dense = nn.Sequential(
+            nn.Linear(4 * D, H, bias=False),
+            nn.BatchNorm1d(H),
+            nn.ReLU(),
+            nn.Linear(H, cfg.d_global),
+        )
 
     def forward(self, x):
-        t = torch.arange(max(4, x.shape[1]), device=x.device) % x.shape[1]   # one cell at least: x repeated
-        c = self.local(x[:, t].mT)                                           # (B, D, T')
+        t = (
+            torch.arange(max(4, x.shape[1]), device=x.device) % x.shape[1]
+        )  # one cell at least: x repeated
+        c = self.local(x[:, t].mT)  # (B, D, T')
         return c.mT, self.dense(pool(self.rest(c).mT)).float()
+
 
 class Branch(nn.Module):
     """(.., d) -> (.., U), one side of the dot critic: two dense layers beside a shortcut, then LayerNorm."""
+
     def __init__(self, d, U):
         super().__init__()
-        self.enter, self.norm, self.leave = nn.Linear(d, U, bias=False), nn.BatchNorm1d(U), nn.Linear(U, U)
+        self.enter, self.norm, self.leave = (
+            nn.Linear(d, U, bias=False),
+            nn.BatchNorm1d(U),
+            nn.Linear(U, U),
+        )
         self.shortcut, self.layer_norm = nn.Linear(d, U, bias=False), nn.LayerNorm(U)
-        self.shortcut.weight.data.uniform_(-0.01, 0.01).fill_diagonal_(1)    # at first nearly the identity
+        self.shortcut.weight.data.uniform_(-0.01, 0.01).fill_diagonal_(
+            1
+        )  # at first nearly the identity
 
     def forward(self, x):
         h = self.norm(self.enter(x).flatten(0, -2)).relu().view(*x.shape[:-1], -1)
         return self.layer_norm(self.leave(h) + self.shortcut(x))
 
+
 class DotCritic(nn.Module):
     """Encode-and-dot: cells (B, T, d), vectors (B, e) -> u (B, B, T), of vector i with cell t of object j."""
+
     def __init__(self, d, e, U):
         super().__init__()
         self.cell, self.vector = Branch(d, U), Branch(e, U)
 
-    @torch.autocast("cuda", enabled=False)                                   # scores in float32
+    @torch.autocast("cuda", enabled=False)  # scores in float32
     def forward(self, c, y):
         c, y = self.cell(c.float()), self.vector(y)
-        return torch.einsum("iu,jtu->ijt", y, c) / c.shape[-1] ** 0.5        # D2
+        return torch.einsum("iu,jtu->ijt", y, c) / c.shape[-1] ** 0.5  # D2
+
 
 class ConcatCritic(nn.Module):
     """Concatenate-and-convolve, likewise. Its first layer, a sum, is computed B T + B times, not B B T."""
+
     def __init__(self, d, e, H):
         super().__init__()
         self.cell, self.vector = nn.Linear(d, H), nn.Linear(e, H, bias=False)
@@ -194,40 +251,61 @@ class ConcatCritic(nn.Module):
     def forward(self, c, y):
         return self.rest(self.cell(c.float())[None] + self.vector(y)[:, None, None])[..., 0]
 
+
 def discriminator(d):
     """(B, d) -> (B, 1): the critic of the prior, and of the dependence of the dimensions of y."""
-    return nn.Sequential(nn.Linear(d, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1))
+    return nn.Sequential(
+        nn.Linear(d, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1)
+    )
+
 
 class Decoder(nn.Module):
     """y (B, E) -> x^ (B, T, M), T the frames of a crop. It only listens: no gradient reaches y. Standardised
     in front, for the untrained y varies by 1e-4 and less."""
+
     def __init__(self, cfg):
         super().__init__()
         self.frames, c = cfg.crop // cfg.hop, cfg.decoder_channels
-        up = lambda out: nn.ConvTranspose1d(c, out, 4, 2, 1)                 # doubles T
+
+        def up(out):
+            return nn.ConvTranspose1d(c, out, 4, 2, 1)  # doubles T
+
         self.net = nn.Sequential(
             nn.BatchNorm1d(cfg.d_global, eps=1e-12, affine=False),
-            nn.Linear(cfg.d_global, c * -(-self.frames // 8)), nn.ReLU(), nn.Unflatten(1, (c, -1)),
-            up(c), nn.ReLU(), up(c), nn.ReLU(), up(cfg.n_mels))
+            nn.Linear(cfg.d_global, c * -(-self.frames // 8)),
+            nn.ReLU(),
+            nn.Unflatten(1, (c, -1)),
+            up(c),
+            nn.ReLU(),
+            up(c),
+            nn.ReLU(),
+            up(cfg.n_mels),
+        )
 
     def forward(self, y):
-        return self.net(y).mT[:, :self.frames]
+        return self.net(y).mT[:, : self.frames]
+
 
 class Model(nn.Module):
     """Encoder, critics, and for listening a decoder of the frozen y; beside it the control: the encoder as it
     was before training, BatchNorm being the identity, with a decoder of its own."""
+
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        if cfg.batch_size < 2 or cfg.crop < 8 * cfg.hop or not cfg.alpha + cfg.beta:
-            raise UserError("DIM needs a --batch-size of 2 (one matches, one does not), a --crop of 8 times "
-                            "--hop, and --alpha or --beta above 0; raise what is less")
         self.cfg, D, E = cfg, cfg.channels, cfg.d_global
         self.register_buffer("mean", torch.zeros(cfg.n_mels))
         self.register_buffer("std", torch.ones(cfg.n_mels))
         self.encoder, self.control = Encoder(cfg), Encoder(cfg).requires_grad_(False)
-        Critic, width = (DotCritic, cfg.units) if cfg.critic == "dot" else (ConcatCritic, cfg.concat_units)
-        objects = ("local", D, cfg.beta), ("global", 2 * D, cfg.alpha)       # D4: the latter is C, pooled
-        self.critics = nn.ModuleDict({level: Critic(d, E, width) for level, d, weight in objects if weight})
+        Critic, width = (
+            (DotCritic, cfg.units) if cfg.critic == "dot" else (ConcatCritic, cfg.concat_units)
+        )
+        objects = (
+            ("local", D, cfg.beta),
+            ("global", 2 * D, cfg.alpha),
+        )  # D4: the latter is C, pooled
+        self.critics = nn.ModuleDict(
+            {level: Critic(d, E, width) for level, d, weight in objects if weight}
+        )
         self.prior = discriminator(E)
         self.decoder, self.control_decoder = Decoder(cfg), Decoder(cfg)
 
@@ -238,13 +316,14 @@ class Model(nn.Module):
 
     def crops(self, wave):
         """(B, crop) -> x (B, T, M), T = crop // hop."""
-        return self.features(wave)[:, :self.cfg.crop // self.cfg.hop]
+        return self.features(wave)[:, : self.cfg.crop // self.cfg.hop]
 
     def vocode(self, x, samples):
         """(B, T, M) -> (B, samples): undoes `features`, with phases by Griffin-Lim."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT                         # a frame more, for N samples
+        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
+
 
 # ==================== the objective ====================
 @torch.no_grad()
@@ -252,31 +331,44 @@ def prepare(model, corpus, cfg):
     """Before the first step: mean and deviation of every mel band, over at most 5000 utterances."""
     n, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
-        x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()    # (T, M)
+        x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, M)
         n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
     model.mean.copy_(total / n)
     model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-2).sqrt())
-    model.control.load_state_dict(model.encoder.state_dict())                # the encoder as it is untrained
+    model.control.load_state_dict(model.encoder.state_dict())  # the encoder as it is untrained
+
 
 def make_optimizers(model, cfg):
     """Encoder and critics work TOGETHER, the prior's critic against the encoder; the decoders only listen."""
-    adam = lambda *nets: torch.optim.Adam([p for net in nets for p in net.parameters()], cfg.lr, fused=True)
-    return {"encoder": adam(model.encoder, model.critics), "prior": adam(model.prior),
-            "decoder": adam(model.decoder, model.control_decoder)}
+
+    def adam(*nets):
+        return torch.optim.Adam([p for net in nets for p in net.parameters()], cfg.lr, fused=True)
+
+    return {
+        "encoder": adam(model.encoder, model.critics),
+        "prior": adam(model.prior),
+        "decoder": adam(model.decoder, model.control_decoder),
+    }
+
 
 def bound(u, objective):
     """u (B, B, T), scores of vector i with cell t of object j, matching where i = j -> the bound, which is to
     be raised, and its ceiling; for dv, which has none, log of how many do not match, the most it can show."""
     B, T = u.shape[1:]
-    match = torch.eye(B, dtype=torch.bool, device=u.device)                  # U1: no look at who speaks
-    p, q = u[match], u[~match]                                               # (B, T), (B (B - 1), T)
-    if objective == "jsd":                                                   # at best 2 JSD(p || q)
-        return (math.log(2) - F.softplus(-p)).mean() + (math.log(2) - F.softplus(q)).mean(), 2 * math.log(2)
+    match = torch.eye(B, dtype=torch.bool, device=u.device)  # U1: no look at who speaks
+    p, q = u[match], u[~match]  # (B, T), (B (B - 1), T)
+    if objective == "jsd":  # at best 2 JSD(p || q)
+        return (math.log(2) - F.softplus(-p)).mean() + (
+            math.log(2) - F.softplus(q)
+        ).mean(), 2 * math.log(2)
     if objective == "dv":
         return p.mean() - (q.flatten().logsumexp(0) - math.log(q.numel())), math.log(q.numel())
-    others = u.masked_fill(match[..., None], -math.inf).flatten(1).logsumexp(1)      # D5: (B,), not its own
+    others = (
+        u.masked_fill(match[..., None], -math.inf).flatten(1).logsumexp(1)
+    )  # D5: (B,), not its own
     log_n = math.log(1 + (B - 1) * T)
     return log_n - (torch.logaddexp(p, others[:, None]) - p).mean(), log_n
+
 
 @torch.autocast("cuda", enabled=False)
 def prior_critic_loss(critic, real, fake, weight):
@@ -288,19 +380,22 @@ def prior_critic_loss(critic, real, fake, weight):
     penalty = torch.cat(gradient).square().sum(1).mean()
     return F.softplus(-d_real).mean() + F.softplus(d_fake).mean() + weight * penalty
 
+
 def prior_loss(critic, q):
     """What the encoder lowers, of q = sigmoid(y) (B, E): log 2 where the critic knows nothing. NOT minus what
     the critic lowers, which is flat where it is sure ("non-saturating"), nor plus, which flees the prior."""
     return F.softplus(-critic(q).float()).mean()
+
 
 def scores(model, x, cfg):
     """x (B, T, M), or two crops of each utterance (2 B, T, M) -> scores by level {"local": (B, B, T'),
     "global": (B, B, 1)}, and y (B, E). Both crops go in at once, lest BatchNorm tell them apart."""
     c, y = model.encoder(x)
     B = len(x) // (2 if cfg.pair == "cross" else 1)
-    c, y = c[-B:], y[:B]                                                     # D6: of different crops
+    c, y = c[-B:], y[:B]  # D6: of different crops
     objects = {"local": c, "global": pool(c)[:, None]}
     return {level: critic(objects[level], y) for level, critic in model.critics.items()}, y
+
 
 def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """-> x (B, T, M), with --pair cross (2 B, T, M): crops of a batch, then other crops of the same."""
@@ -310,6 +405,7 @@ def segments(model, corpus, cfg, step, draw=0, utterances=None):
         batch = get_batch(corpus, cfg, step, draw + 1, batch["utterance"].cpu().numpy())
         x = torch.cat([x, model.crops(batch["wave"])])
     return x
+
 
 def train_step(model, optimizers, corpus, step, cfg):
     """One step of encoder and critics, and before it one of the prior's critic; at last of the decoders."""
@@ -335,6 +431,7 @@ def train_step(model, optimizers, corpus, step, cfg):
     optimizers["encoder"].step()
     return {"loss": loss.detach()} | log
 
+
 def decoder_step(model, optimizer, corpus, step, cfg):
     """One step of both decoders on the squared error, the encoders frozen, BatchNorm included."""
     x = model.crops(get_batch(corpus, cfg, step)["wave"])
@@ -347,6 +444,7 @@ def decoder_step(model, optimizer, corpus, step, cfg):
     optimizer.step()
     return {"decoder_loss": loss.detach(), "untrained_decoder_loss": control_loss.detach()}
 
+
 # ==================== what it is good for ====================
 @torch.no_grad()
 def represent(model, wave, cfg):
@@ -354,35 +452,45 @@ def represent(model, wave, cfg):
     c, y = model.encoder(model.features(wave[None]))
     return {"local": c[0], "global": y[0]}
 
+
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
     """Waves (N,) -> waves (N,): what y retains of each crop's length of the source, decoded. No targets."""
     waves, frames = [], cfg.crop // cfg.hop
     for wave in sources:
-        x = model.features(wave[None])[0]                                    # (T, M)
+        x = model.features(wave[None])[0]  # (T, M)
         at = torch.arange(-(-len(x) // frames) * frames, device=x.device) % len(x)
-        y = model.encoder(x[at].unflatten(0, (-1, frames)))[1]               # (crops, E)
-        waves.append(model.vocode(model.decoder(y).flatten(0, 1)[None, :len(x)], len(wave))[0])
+        y = model.encoder(x[at].unflatten(0, (-1, frames)))[1]  # (crops, E)
+        waves.append(model.vocode(model.decoder(y).flatten(0, 1)[None, : len(x)], len(wave))[0])
     return waves
+
 
 def retrieve(model, corpus, cfg, out):
     """Ranks held-out utterances, those of training speakers included, by the cosine of their centred vectors
     to that of an utterance of corpus.test. Writes the five nearest to and farthest from one of each of four
     speakers, and retrieval.txt. Returns how often the nearest, and one at random, is of the same speaker."""
-    test, us = corpus.test, corpus.test.held[:cfg.probe]
-    rows = [(test, u) for u in us] + [(corpus, u) for u in corpus.held[:cfg.probe] if test is not corpus]
+    test, us = corpus.test, corpus.test.held[:200]
+    rows = [(test, u) for u in us] + [(corpus, u) for u in corpus.held[:200] if test is not corpus]
     who = torch.tensor([c.speaker[u] for c, u in rows])
-    same, found, lines = (who[:len(us), None] == who).fill_diagonal_(False), {}, []
-    nets = {"log_mel": lambda x: (x, x.mean(1)), "untrained": model.control, "global": model.encoder}
+    same, found, lines = (who[: len(us), None] == who).fill_diagonal_(False), {}, []
+    nets = {
+        "log_mel": lambda x: (x, x.mean(1)),
+        "untrained": model.control,
+        "global": model.encoder,
+    }
     for name, net in nets.items():
         y = torch.cat([net(model.features(c.wave(u)[None].to(cfg.device)))[1] for c, u in rows])
         y = F.normalize(y - y.mean(0), dim=1)
-        cosine = (y[:len(us)] @ y.T).cpu().fill_diagonal_(2)                 # first of all: the query itself
+        cosine = (y[: len(us)] @ y.T).cpu().fill_diagonal_(2)  # first of all: the query itself
         ranked = cosine.argsort(1, descending=True)
         found[name] = same.gather(1, ranked[:, :2]).any(1).float().mean().item()
-    for n, i in enumerate(np.unique(who[:len(us)], return_index=True)[1][:4]):
+    for n, i in enumerate(np.unique(who[: len(us)], return_index=True)[1][:4]):
         order = ranked[i].tolist()
-        for kind, js in ("query", order[:1]), ("nearest", order[1:6]), ("farthest", order[:0:-1][:5]):
+        for kind, js in (
+            ("query", order[:1]),
+            ("nearest", order[1:6]),
+            ("farthest", order[:0:-1][:5]),
+        ):
             for k, j in enumerate(js):
                 c, u = rows[j]
                 name = f"retrieval_{n}_{kind}_{k}_{c.speakers[c.speaker[u]]}.wav"
@@ -391,55 +499,82 @@ def retrieve(model, corpus, cfg, out):
     (out / "retrieval.txt").write_text("".join(lines))
     return found | {"chance": same.float().sum(1).mean().item() / max(1, len(rows) - 1)}
 
+
 def train_critic(critic, gain, n, cfg):
     """A new critic of frozen vectors: 300 steps of Adam that raise gain(rows), random rows of 0 .. n - 1."""
     optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
     for _ in range(300):
         optimizer.zero_grad()
         with torch.enable_grad():
-            (-gain(torch.randperm(n, device=cfg.device)[:cfg.batch_size])).backward()
+            (-gain(torch.randperm(n, device=cfg.device)[: cfg.batch_size])).backward()
         optimizer.step()
+
 
 def mine(x, y, x_held, y_held, size, cfg):
     """Rows x (n, d), y (n, e) -> nats of I(x; y): DV of a new critic on batches of held-out rows; ceiling."""
     critic = ConcatCritic(x.shape[1], y.shape[1], cfg.concat_units).to(cfg.device)
-    judge = lambda x, y: bound(critic(x[:, None], y), "dv")
+
+    def judge(x, y):
+        return bound(critic(x[:, None], y), "dv")
+
     train_critic(critic, lambda i: judge(x[i], y[i])[0], len(x), cfg)
     values, ceilings = zip(*map(judge, x_held.split(size), y_held.split(size)))
     return torch.stack(values).mean().item(), ceilings[0]
+
 
 def shuffled(y):
     """(n, E) -> (n, E): every column in an order of its own: the same marginals, independent."""
     return y.gather(0, torch.rand_like(y).argsort(0))
 
+
 def dependency(y, y_held, cfg):
     """Neural dependency measure, rows (n, E) -> nats of total correlation of the columns: DV of a new critic
     that tells held-out rows from shuffled ones (D7), cut at log of the number of these; and this ceiling."""
     critic = discriminator(y.shape[1]).to(cfg.device)
-    train_critic(critic, lambda i: -prior_critic_loss(critic, y[i], shuffled(y[i]), 0.0), len(y), cfg)
+    train_critic(
+        critic, lambda i: -prior_critic_loss(critic, y[i], shuffled(y[i]), 0.0), len(y), cfg
+    )
     many = shuffled(y_held.repeat(8, 1))
     ceiling = math.log(len(many))
-    return min((critic(y_held).mean() - critic(many).logsumexp(0)).item() + ceiling, ceiling), ceiling
+    return min(
+        (critic(y_held).mean() - critic(many).logsumexp(0)).item() + ceiling, ceiling
+    ), ceiling
+
 
 def batch_of(utterances, i, cfg):
     """The i-th batch_size of them, round and round; all where there are fewer, but two at least."""
     size = max(2, min(cfg.batch_size, len(utterances)))
     return np.resize(np.roll(utterances, -i * size), size)
 
+
 def gather(model, corpus, us, count, cfg):
     """`count` batches of crops of us -> x (n, T, M), {"untrained", "global": y (n, E)}."""
-    xs = [model.crops(get_batch(corpus, cfg, i, 2000, batch_of(us, i, cfg))["wave"]) for i in range(count)]
+    xs = [
+        model.crops(get_batch(corpus, cfg, i, 2000, batch_of(us, i, cfg))["wave"])
+        for i in range(count)
+    ]
     nets = {"untrained": model.control, "global": model.encoder}
     return torch.cat(xs), {name: torch.cat([net(x)[1] for x in xs]) for name, net in nets.items()}
+
 
 def explained(x, rebuilt):
     """x (n, T, M), {name: x^} -> {part: {name: R2}}, R2 = 1 - squared error / variance about the mean of each
     band, of all, of the average over the crop, and of what varies about that."""
-    parts = lambda e: {"all": e, "long_term": e.mean(1), "time_varying": e - e.mean(1, keepdim=True)}
-    power = lambda e: {part: v.square().mean().item() for part, v in parts(e).items()}
+
+    def parts(e):
+        return {
+            "all": e,
+            "long_term": e.mean(1),
+            "time_varying": e - e.mean(1, keepdim=True),
+        }
+
+    def power(e):
+        return {part: v.square().mean().item() for part, v in parts(e).items()}
+
     total = power(x - x.mean((0, 1)))
     error = {name: power(guess - x) for name, guess in rebuilt.items()}
     return {part: {name: 1 - e[part] / total[part] for name, e in error.items()} for part in total}
+
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
@@ -447,16 +582,30 @@ def sample(model, corpus, cfg, out):
     untrained one and another utterance's (permuted); and, where the law of y is the prior, draws of it. All
     figures are of held-out speech, R2 also of --test; only the prior is compared with y of training."""
     torch.manual_seed(cfg.seed)
-    metrics = {"nearest": retrieve(model, corpus, cfg, out), "bound": {}, "mine": {}, "dependency": {}}
-    batches = [segments(model, corpus, cfg, i, 1000, batch_of(corpus.held, i, cfg)) for i in range(8)]
+    metrics = {
+        "nearest": retrieve(model, corpus, cfg, out),
+        "bound": {},
+        "mine": {},
+        "dependency": {},
+    }
+    batches = [
+        segments(model, corpus, cfg, i, 1000, batch_of(corpus.held, i, cfg)) for i in range(8)
+    ]
     us = [scores(model, x, cfg)[0] for x in batches]
     for level in model.critics:
         values, ceilings = zip(*(bound(u[level], cfg.objective) for u in us))
-        metrics["bound"] |= {level: sum(map(float, values)) / len(us), f"{level}_ceiling": ceilings[0]}
+        metrics["bound"] |= {
+            level: sum(map(float, values)) / len(us),
+            f"{level}_ceiling": ceilings[0],
+        }
 
     x, ys = gather(model, corpus, corpus.train, 128, cfg)
     x_held, ys_held = gather(model, corpus, corpus.held, 16, cfg)
-    x, x_held, size = x[:, x.shape[1] // 2], x_held[:, x.shape[1] // 2], len(x_held) // 16       # U2: (n, M)
+    x, x_held, size = (
+        x[:, x.shape[1] // 2],
+        x_held[:, x.shape[1] // 2],
+        len(x_held) // 16,
+    )  # U2: (n, M)
     for name, y in ys.items():
         mean, std = y.mean(0), y.std(0).clamp(min=1e-5)
         y, y_held = (y - mean) / std, (ys_held[name] - mean) / std
@@ -464,18 +613,26 @@ def sample(model, corpus, cfg, out):
         metrics["dependency"][name], metrics["dependency"]["ceiling"] = dependency(y, y_held, cfg)
 
     q = ys["global"].sigmoid()
-    off = {"mean": (q.mean(0) - 0.5).abs().max().item(), "variance": (q.var(0) - 1 / 12).abs().max().item()}
+    off = {
+        "mean": (q.mean(0) - 0.5).abs().max().item(),
+        "variance": (q.var(0) - 1 / 12).abs().max().item(),
+    }
     uniform = off["mean"] < 0.05 and off["variance"] < 0.01 and metrics["dependency"]["global"] < 1
     metrics["prior"] = off | {"uniform": float(uniform)}
-    drawn = model.decoder(torch.rand_like(q[:3 if cfg.gamma and uniform else 0]).logit(1e-3))
+    drawn = model.decoder(torch.rand_like(q[: 3 if cfg.gamma and uniform else 0]).logit(1e-3))
     if not len(drawn):
-        print("no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0")
+        print(
+            "no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0"
+        )
 
     for c in [corpus] + [corpus.test] * (corpus.test is not corpus):
-        us, suffix = c.held[:cfg.probe], "" if c is corpus else "_test"
+        us, suffix = c.held[:200], "" if c is corpus else "_test"
         x, ys = gather(model, c, us, -(-len(us) // cfg.batch_size), cfg)
-        rebuilt = {"global": model.decoder(ys["global"]), "untrained": model.control_decoder(ys["untrained"]),
-                   "permuted": model.decoder(ys["global"].roll(1, 0))}
+        rebuilt = {
+            "global": model.decoder(ys["global"]),
+            "untrained": model.control_decoder(ys["untrained"]),
+            "permuted": model.decoder(ys["global"].roll(1, 0)),
+        }
         metrics |= {f"r2_{part}{suffix}": row for part, row in explained(x, rebuilt).items()}
     for name, mels in {"copy": x, **rebuilt, "prior": drawn}.items():
         for i, mel in enumerate(mels[:3]):
@@ -483,624 +640,706 @@ def sample(model, corpus, cfg, out):
             write_audio(out / f"decoded_{i}_{name}.wav", wave, cfg.sample_rate)
     return metrics
 
+
 # ==================== shared: audio ====================
+AUDIO_ENDINGS = ".wav .flac .ogg .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .sph .nist".split()
+PIECE_SECONDS = (
+    60  # longer recordings are handled in pieces, so that memory does not grow with them
+)
+
+
 class UserError(Exception):
-    """What the user can mend: shown as one line, `error: ...`, without a traceback."""
+    """A mistake that the user can fix: shown as one line, without a traceback."""
+
+
+def audio_names(root):
+    """Folder -> sorted names below it of its audio files, in linked folders too; `._*` is
+    ignored."""
+    files = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        files += [Path(folder, name) for name in names if not name.startswith("._")]
+    names = sorted(str(f.relative_to(root)) for f in files if f.suffix.lower() in AUDIO_ENDINGS)
+    if not names:
+        raise UserError(
+            f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
+        )
+    if len(names) < len(files):
+        print(f"{root}: {len(files) - len(names)} files ignored that are not audio")
+    return names
+
+
+def find_pieces(path):
+    """Audio file -> [(first, last)] samples of its pieces. Only the last piece is longer than
+    PIECE_SECONDS, and shorter than twice that. An unreadable file is one empty piece."""
+    try:
+        info = sf.info(os.fsencode(path))
+    except sf.SoundFileError:
+        return [(0, 0)]
+    piece = PIECE_SECONDS * info.samplerate
+    starts = range(0, max(1, info.frames - piece), piece)
+    return list(zip(starts, [*starts[1:], info.frames]))
+
+
+def read_piece(path, first, last, sample_rate):
+    """Samples first .. last of an audio file -> (n,) float32 at sample_rate, mono. UserError names
+    the file."""
+    try:
+        with sf.SoundFile(os.fsencode(path)) as file:
+            rate = file.samplerate
+            start = max(
+                0, first - rate
+            )  # a second on either side, because resampling feels the cut
+            file.seek(start)
+            wave = file.read(last + rate - start, np.float32, always_2d=True).mean(1)
+    except (sf.SoundFileError, OSError):
+        raise UserError(f"{path}: not a readable audio file; give another") from None
+    if not np.isfinite(wave).all():
+        raise UserError(f"{path}: has NaN or infinite samples; give another")
+    resampled = resample(torch.from_numpy(wave), rate, sample_rate)
+    return resampled[(first - start) * sample_rate // rate :][
+        : ceil((last - first) * sample_rate / rate)
+    ]
+
+
+def resample(wave, rate, new_rate):
+    """(N,) -> (ceil(N * new_rate / rate),). Overlapping frames are resampled by a Fourier
+    transform, and their margins dropped, because there the filter feels the cut."""
+    if rate == new_rate:
+        return wave
+    period = rate // math.gcd(rate, new_rate)  # samples after which both rates meet
+    margin = ceil(0.1 * rate / period) * period
+    new_margin = margin * new_rate // rate
+    silence = 7 * margin - len(wave) % (6 * margin)
+    frames = F.pad(wave, (margin, silence)).unfold(0, 8 * margin, 6 * margin)
+    spectrum = torch.fft.rfft(frames)[:, : 4 * new_margin + 1]
+    # The highest 5 % fade out smoothly: a sharp edge in the spectrum would ring.
+    fade = torch.linspace(20, 0, spectrum.shape[1]).clamp(max=1)
+    spectrum = spectrum * torch.sin(math.pi / 2 * fade) ** 4
+    resampled = torch.fft.irfft(spectrum, 8 * new_margin)[:, new_margin : 7 * new_margin].flatten()
+    return resampled[: ceil(len(wave) * new_rate / rate)] * new_rate / rate
+
 
 def read_audio(path, sample_rate):
-    """Any file that libsndfile reads -> (N,) float32, mono, in [-1, 1]. UserError names the file."""
-    try:
-        wave, rate = sf.read(path, dtype="float32", always_2d=True)                  # (N, channels)
-    except (sf.SoundFileError, OSError):
-        what = "not readable as audio" if Path(path).is_file() else "no such file"
-        raise UserError(f"{path}: {what}; give a wav, flac, ogg or mp3 file") from None
-    wave = torch.from_numpy(wave).mean(1)
-    if not len(wave) or not wave.isfinite().all():
-        what = "NaN or infinite samples" if len(wave) else "0 samples"
-        raise UserError(f"{path}: {what}; give another recording")
-    if rate == sample_rate:
-        return wave
-    # Band-limited, by Fourier: append zeros up to a whole number of periods of both rates (which also keeps
-    # the end from wrapping round), cut or extend the spectrum, fade its last 5 % against ringing.
-    period = rate // math.gcd(rate, sample_rate)
-    padded = -(-(len(wave) + rate // 20) // period) * period
-    n = padded * sample_rate // rate
-    spectrum = torch.fft.rfft(wave, padded)[:n // 2 + 1]
-    spectrum *= (torch.arange(len(spectrum), 0, -1) / (0.05 * len(spectrum))).clamp(max=1)
-    return torch.fft.irfft(spectrum, n)[:-(-len(wave) * sample_rate // rate)] * (n / padded)
+    """Any file that libsndfile reads -> (N,) float32 in [-1, 1], mono. UserError names the file."""
+    return torch.cat([read_piece(path, *piece, sample_rate) for piece in find_pieces(path)])
 
-def audio_files(root):
-    """Folder -> sorted paths of the audio files below it; UserError, with what was seen, if none."""
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    paths = [p for p in files if p.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")]
-    if not paths:
-        seen = ", ".join(sorted({p.suffix or p.name for p in files})[:5]) or "nothing"
-        what = f"no wav, flac, ogg or mp3 below it, but {seen}" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; give a folder of audio")
-    return paths
 
 def write_audio(path, wave, sample_rate):
-    """(N,) in [-1, 1] -> 16-bit audio file; the ending, .wav .flac or .ogg, is the format."""
+    """(N,) in [-1, 1] -> 16-bit audio file; its ending is the format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, wave.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
-# ==================== end shared: audio ====================
+    sf.write(os.fsencode(path), wave.float().clamp(-1, 1).cpu().numpy(), sample_rate)
+
 
 # ==================== shared: spectrum ====================
 def stft(wave, cfg):
-    """(B, N) -> (B, T, F) complex: Hann window of `win`, T = 1 + N // hop, frame t centred on sample t * hop,
-    zeros beyond the ends, F = n_fft // 2 + 1. Its .abs() is the linear magnitude."""
+    """(B, N) -> (B, T, F) complex, F = n_fft // 2 + 1, T = 1 + N // hop. Frame t is centered on
+    sample t * hop; there are zeros beyond both ends."""
     window = torch.hann_window(cfg.win, device=wave.device)
-    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant",
-                      return_complex=True).mT
+    options = dict(pad_mode="constant", return_complex=True)
+    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, **options).mT
+
+
+def istft(spectrum, cfg):
+    """(B, T, F) complex -> (B, hop * (T - 1)), the inverse of `stft`."""
+    window = torch.hann_window(cfg.win, device=spectrum.device)
+    return torch.istft(spectrum.mT, cfg.n_fft, cfg.hop, cfg.win, window)
+
 
 @functools.lru_cache(maxsize=8)
-def mel_filters(cfg, device):
-    """(F, n_mels) triangles of unit area on Slaney's mel scale: scale and norm of librosa's default."""
-    top = cfg.sample_rate / 2
-    mel = torch.linspace(0, 15 + 27 * math.log(top / 1000, 6.4), cfg.n_mels + 2, dtype=torch.float64)
-    edge = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))     # (n_mels + 2,) Hz
-    low, mid, high = edge[:-2], edge[1:-1], edge[2:]
-    hertz = torch.linspace(0, top, cfg.n_fft // 2 + 1)[:, None]
-    triangles = torch.minimum((hertz - low) / (mid - low), (high - hertz) / (high - mid)).clamp(min=0)
-    return (triangles * 2 / (high - low)).float().to(device)
+def mel_filters(sample_rate, n_fft, n_mels, device):
+    """(F, n_mels) triangles of equal area on the Slaney mel scale, the default of librosa: linear
+    up to 1000 Hz, which is 15 mel, then 27 mel for every factor of 6.4."""
+    top = 15 + 27 * math.log(sample_rate / 2000, 6.4)
+    mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
+    edges = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz
+    left, center, right = edges.unfold(0, 3, 1).T
+    frequency = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]
+    rising = (frequency - left) / (center - left)
+    falling = (right - frequency) / (right - center)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (right - left)).float().to(device)
+
 
 def log_mel(wave, cfg):
-    """(B, N) -> (B, T, n_mels): ln(max(mel magnitude, 1e-5)), in float32 also under autocast."""
-    with torch.autocast(wave.device.type, enabled=False):
-        return (stft(wave, cfg).abs() @ mel_filters(cfg, wave.device)).clamp(min=1e-5).log()
+    """(B, N) -> (B, T, n_mels): natural log of the mel magnitude, at least 1e-5."""
+    filters = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, wave.device)
+    with torch.autocast(wave.device.type, enabled=False):  # bfloat16 is too coarse for spectra
+        return (stft(wave, cfg).abs() @ filters).clamp(min=1e-5).log()
+
 
 def mel_to_magnitude(mel, cfg):
-    """(B, T, n_mels) mel magnitude, exp of log_mel, -> (B, T, F) linear magnitude, by pseudo-inverse."""
-    return (mel @ torch.linalg.pinv(mel_filters(cfg, mel.device))).clamp(min=0)
+    """(B, T, n_mels) mel magnitude, exp of log_mel -> (B, T, F) linear magnitude, by
+    pseudo-inverse."""
+    filters = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, mel.device)
+    return (mel @ torch.linalg.pinv(filters)).clamp(min=0)
 
-def griffin_lim(magnitude, cfg):
-    """(B, T, F) linear magnitude -> (B, hop * (T - 1)) wave: 60 rounds of fast Griffin-Lim with momentum 0.99
-    (Perraudin, Balazs & Sondergaard, WASPAA 2013) from a random but fixed phase."""
-    angle = 2 * math.pi * torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0))
-    phase, previous = torch.polar(torch.ones_like(angle), angle).to(magnitude.device), 0
-    window = torch.hann_window(cfg.win, device=magnitude.device)
-    inverse = lambda: torch.istft((magnitude * phase).mT, cfg.n_fft, cfg.hop, cfg.win, window)
-    for _ in range(60):
-        rebuilt = stft(inverse(), cfg)
-        phase = rebuilt - 0.99 / 1.99 * previous
-        phase, previous = phase / phase.abs().clamp(min=1e-8), rebuilt
-    return inverse()
-# ==================== end shared: spectrum ====================
+
+def griffin_lim(magnitude, cfg, rounds=60, momentum=0.99):
+    """(B, T, F) linear magnitude -> (B, hop * (T - 1)). Looks for phases that fit the magnitudes,
+    from zero phase on (Perraudin, Balazs and Sondergaard, WASPAA 2013)."""
+    phase = torch.ones_like(magnitude, dtype=torch.complex64)
+    previous = 0
+    for _ in range(rounds):
+        rebuilt = stft(istft(magnitude * phase, cfg), cfg)
+        phase = rebuilt - momentum / (1 + momentum) * previous
+        phase = phase / phase.abs().clamp(min=1e-8)
+        previous = rebuilt
+    return istft(magnitude * phase, cfg)
+
 
 # ==================== shared: corpus ====================
+@dataclass(eq=False)
 class Corpus:
-    """A folder of audio: utterance u is audio[start[u]:start[u] + length[u]] of ONE memory-mapped int16
-    vector, by speakers[speaker[u]], of whom the model knows the first `known`. `held` is a tenth of each
-    speaker's, `train` the rest, in the order of a hash of the path; `test` the Corpus of --test, or this."""
-    def __init__(self, folder, cfg, speakers=(), is_test=False):
-        root = Path(folder)
-        paths = audio_files(root)
-        names = [p.relative_to(root).as_posix() for p in paths]
-        try:
-            who = [m and m[1] for m in map(re.compile(cfg.speaker).search, names)]
-        except (re.error, IndexError) as error:
-            raise UserError(f"--speaker {cfg.speaker!r}: {error}; give a regex with one (group)") from None
-        if None in who:
-            raise UserError(f"{paths[who.index(None)]}: --speaker {cfg.speaker!r} finds no speaker; mend it")
-        length, self.audio = decode(paths, cfg.sample_rate)
-        good, bad = np.flatnonzero(length), np.flatnonzero(length == 0)
-        if len(bad):
-            lost = f"{root}: {len(bad)} of {len(paths)} files unreadable, the first is {paths[bad[0]]}"
-            if len(bad) > 0.1 * len(paths):
-                raise UserError(f"{lost}; mend or remove them")
-            print(f"{lost}; left out")
-        names, who, self.paths = [names[i] for i in good], [who[i] for i in good], [paths[i] for i in good]
-        self.length, self.start, self.test = length[good], (length.cumsum() - length)[good], self
-        self.speakers = [*speakers, *sorted(set(who) - set(speakers))]
-        self.speaker = np.array([*map({s: i for i, s in enumerate(self.speakers)}.get, who)])
-        self.known = len(speakers or self.speakers)
-        self.labels = Path(not is_test and cfg.phones or root / "phones.txt")
-        if cfg.phones and not self.labels.exists() and not is_test:
-            raise UserError(f"--phones {cfg.phones}: no such file")
-        if self.labels.exists() and len({p.stem for p in paths}) < len(paths):
-            raise UserError(f"{root}: two files share a name, by which {self.labels} finds them; rename one")
-        total, count, parts = collections.Counter(who), collections.Counter(), ([], [])
-        order = sorted(range(len(names)), key=lambda u: hashlib.md5(os.fsencode(names[u])).digest())
-        for u in order:                                # the first tenth of a speaker's is held out, never all
-            count[who[u]] += 1
-            parts[is_test or count[who[u]] <= -(-total[who[u]] // 10) < total[who[u]]].append(u)
-        self.train, self.held = (np.array(part, int) for part in parts)
-        minutes, short = length.sum() / cfg.sample_rate / 60, (self.length < cfg.crop).sum()
-        print(f"{root}: {len(names)} utterances, {len(total)} speakers, {minutes:.1f} minutes; {short} "
-              "shorter than a crop are repeated", *map("{} -> {}".format, names[:3], who),
-              sep="\n    ", flush=True)
-        if len(total) < 2 and not is_test:
-            raise UserError(f"{root}: one speaker, {who[0]!r}, where two are needed; set --speaker, a regex")
-        if not len(self.held):
-            raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
+    """A folder of audio. Utterance u is audio[start[u] : start[u] + length[u]]."""
+
+    root: Path
+    paths: list  # (U,) files; a long one is several utterances
+    audio: torch.Tensor  # (N,) int16, all utterances one after another
+    start: np.ndarray  # (U,) samples
+    length: np.ndarray  # (U,) samples
+    speakers: list  # names
+    speaker: np.ndarray  # (U,) index into speakers
+    train: np.ndarray  # utterances to train on
+    held: np.ndarray  # held-out utterances: a tenth of each speaker's, in a test corpus all
 
     def wave(self, u):
-        """Utterance u, whole -> (N,) float32 in [-1, 1]."""
-        return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
+        """Utterance u -> (N,) float32 in [-1, 1]."""
+        return self.audio[self.start[u] : self.start[u] + self.length[u]].float() / 32768
 
-    def phones(self, utterances):
-        """-> {u: (M,) class of every 10 ms} for those in the label file, read line by line: it is large."""
-        wanted = {self.paths[u].stem: u for u in utterances}
-        lines = map(str.split, open(self.labels if self.labels.exists() else os.devnull))
-        rows = {wanted[words[0]]: words[1:] for words in lines if words and words[0] in wanted}
-        index = {p: i for i, p in enumerate(sorted(set().union(*rows.values())))}
-        return {u: np.array([index[p] for p in row]) for u, row in rows.items() if row}
 
-@contextlib.contextmanager
-def once(path, anew=False):
-    """Yields a temporary path, renamed to `path` at the end; None where `path` exists, unless `anew`."""
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():       # of torchrun the first writes
-        time.sleep(0.2)
-    if path.exists() and not anew:
-        yield None
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            yield Path(folder) / path.name
-            if anew or not path.exists():                # another run may have been faster
-                os.replace(Path(folder) / path.name, path)
-
-def decode(paths, sample_rate):
-    """Decodes each file once, in threads, at most 256 in memory -> (lengths (U,), 0 where unreadable; audio
-    int16), memory-mapped from a file in runs/cache/: the audio of all files, then the lengths."""
-    stamp = os.fsencode("".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for p in paths))
-    cache = Path("runs/cache") / f"{sample_rate}-{hashlib.sha256(stamp).hexdigest()[:16]}.pcm"
-    def read(path):
-        with contextlib.suppress(UserError):
-            return (read_audio(path, sample_rate) * 32768).round().clamp(-32768, 32767).short().numpy()
-        return np.zeros(0, np.int16)
-    with once(cache) as part:
-        if part:
-            lengths = []
-            with open(part, "wb") as file, ThreadPoolExecutor() as pool:
-                for i in range(0, len(paths), 256):
-                    for wave in pool.map(read, paths[i:i + 256]):
-                        lengths.append(len(wave))
-                        file.write(wave)
-                    print(f"decoded {len(lengths)} of {len(paths)} files", flush=True)
-                file.write(np.array(lengths))
-    audio = np.memmap(cache, np.int16, "c")
-    return np.array(audio[-4 * len(paths):]).view(np.int64), torch.from_numpy(audio)
-
-def load_corpus(cfg, speakers=()):
-    """The Corpus of cfg.data and cfg.test, or the toy one; on a GPU if it takes less than a quarter of it."""
-    data, test = (cfg.data, cfg.test) if cfg.data else toy_corpus()
-    corpus = Corpus(data, cfg, speakers)
-    if test:
-        corpus.test = Corpus(test, cfg, corpus.speakers, is_test=True)
+def load_corpus(cfg):
+    """The corpus of --data, or of toy voices; its `test` is that of --test, or the corpus
+    itself."""
+    if not cfg.data:
+        make_once(Path("runs/toy"), write_toy)
+        cfg = replace(cfg, data="runs/toy/train", test="runs/toy/test")
+    corpus = read_corpus(Path(cfg.data), cfg, is_test=False)
+    corpus.test = read_corpus(Path(cfg.test), cfg, is_test=True) if cfg.test else corpus
     if cfg.device == "cuda" and corpus.audio.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        corpus.audio = corpus.audio.cuda()
+        corpus.audio = corpus.audio.cuda()  # then batches need no transfer
     return corpus
 
+
+def read_corpus(root, cfg, is_test):
+    """One folder -> its Corpus."""
+    names = [name for name in audio_names(root) if re.search(cfg.include, name)]
+    owners = find_speakers(names, cfg, least=1 if is_test else 2)
+    audio, length, file = decode([root / name for name in names], cfg.sample_rate)
+    names = [names[f] for f in file]  # (U,)
+    lost = length < cfg.win
+    note = f"{root}: {lost.sum()} of {len(lost)} recordings unreadable or shorter than a window"
+    note = f"{note}, the first: {root / names[lost.argmax()]}"
+    if lost.mean() > 0.1:
+        raise UserError(f"{note}; fix or remove them")
+    if lost.any():
+        print(f"{note}; left out")
+
+    speakers, speaker = np.unique(owners[file], return_inverse=True)
+    train, held = split(names, speaker, np.flatnonzero(~lost), is_test)
+    minutes = length.sum() / cfg.sample_rate / 60
+    short = (length < cfg.crop).sum()
+    print(f"{root}: {minutes:.1f} minutes, {len(names)} utterances ({short} shorter than a crop),")
+    print(f"    {len(speakers)} speakers: {', '.join(speakers[:5])} ..", flush=True)
+    if not len(held):
+        raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
+    start = length.cumsum() - length
+    paths = [root / name for name in names]
+    return Corpus(root, paths, audio, start, length, speakers.tolist(), speaker, train, held)
+
+
+def find_speakers(names, cfg, least):
+    """Paths below a folder -> the speaker of each: group 1 of --speaker."""
+    advice = "set it to a regex whose group 1 is the speaker"
+    for layout in (
+        cfg.speaker,
+        r"([^/]+)/",
+        r"/([^/]+)/",
+        r"/([^/]+)/[^/]*$",
+        r"([^/_-]+)[_-][^/]*$",
+    ):
+        matches = [re.search(layout, name) for name in names]
+        owners = [match[1] for match in matches if match]
+        if len(owners) == len(names) and len(set(owners)) >= least:
+            if layout == cfg.speaker:
+                return np.array(owners)
+            advice = f"--speaker '{layout}' would find {len(set(owners))}, such as {owners[0]}"
+            break
+    raise UserError(
+        f"--speaker {cfg.speaker!r} does not find {least} speakers in {names[:2]} ..; {advice}"
+    )
+
+
+def split(names, speaker, utterances, is_test):
+    """-> those of `utterances` to train on, and the held-out ones, in the order of a hash of their
+    names."""
+    # Of the two microphones of VCTK both recordings of a take stay together.
+    takes = [re.sub(r"(_mic\d)?\.\w+$", "", name) for name in names]
+    order = sorted(utterances, key=lambda u: hashlib.md5(os.fsencode(takes[u])).digest())
+    takes_of = defaultdict(dict)  # speaker -> take -> its place in this order
+    for u in order:
+        places = takes_of[speaker[u]]
+        places.setdefault(takes[u], len(places))
+    train = []
+    held = []
+    for u in order:
+        # A tenth of each speaker's takes is held out; a single one is only trained on.
+        places = takes_of[speaker[u]]
+        held_out = is_test or places[takes[u]] < ceil(len(places) / 10) < len(places)
+        (held if held_out else train).append(u)
+    return np.array(train, int), np.array(held, int)
+
+
+def make_once(path, write):
+    """Makes the file or folder `path` by write(part), unless it exists. `part` is renamed at the
+    end, so that `path` is whole or not there. Of the processes of torchrun one writes, and the
+    others wait."""
+    while LOCAL_RANK > 0 and not path.exists():
+        time.sleep(0.2)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            write(part)
+            if not path.exists():  # another run may have been faster
+                os.replace(part, path)
+
+
+def decode(paths, sample_rate):
+    """Decodes each file once -> audio (N,) int16, mapped from a file under runs/cache, and the
+    length (P,) and the file (P,) of each piece. Unreadable ones have length 0."""
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    cache = Path(f"runs/cache/{sample_rate}-{stamp}")
+    make_once(cache, lambda part: decode_files(paths, sample_rate, part))
+    audio = np.memmap(cache / "audio.pcm", np.int16, "c")
+    return torch.from_numpy(audio), *np.load(cache / "pieces.npy")
+
+
+def decode_files(paths, sample_rate, folder):
+    """Writes all pieces of all files to folder/audio.pcm, and their lengths and files to
+    pieces.npy."""
+
+    def decode_piece(piece):
+        path = paths[piece[0]]
+        try:
+            wave = read_piece(path, *piece[1:], sample_rate)
+        except UserError:
+            wave = torch.zeros(0)
+        if (wave.abs() > 2).any():
+            print(f"warning: {path}: samples far beyond -1..1 are cut; rescale it")
+        return (wave * 32768).round().clamp(-32768, 32767).short().numpy()
+
+    pieces = [(file, *piece) for file, path in enumerate(paths) for piece in find_pieces(path)]
+    lengths = []
+    folder.mkdir()
+    with open(folder / "audio.pcm", "wb") as audio, ThreadPoolExecutor() as pool:
+        for i in range(0, len(pieces), 64):  # so many are in memory at a time
+            if i % 1024 == 0:
+                print(f"decoding: {i} of {len(pieces)} recordings done", flush=True)
+            for wave in pool.map(decode_piece, pieces[i : i + 64]):
+                lengths.append(len(wave))
+                audio.write(wave)
+        audio.write(bytes(2))  # an empty file cannot be mapped
+    np.save(folder / "pieces.npy", [lengths, [piece[0] for piece in pieces]])
+
+
 def get_batch(corpus, cfg, step, draw=0, utterances=None):
-    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from a random
-    place of each of `utterances`, or of batch_size training ones, by (seed, step, draw, rank) alone."""
+    """-> wave (B, crop) float32 in [-1, 1], speaker (B,), utterance (B,) on cfg.device: a crop from
+    a random place of each of `utterances`, or of batch_size different training ones. A function of
+    (seed, step, draw, rank) alone, so that a resumed run sees what an uninterrupted one would
+    see."""
     rng = np.random.default_rng((cfg.seed, step, draw, RANK))
     if utterances is None:
-        if len(corpus.train) < cfg.batch_size:
-            raise UserError(f"{len(corpus.train)} training utterances fill no batch; lower --batch-size")
-        utterances = corpus.train[rng.choice(len(corpus.train), cfg.batch_size, replace=False)]
+        utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
     length = corpus.length[utterances]
-    first = (rng.random(len(length)) * (length - cfg.crop + 1).clip(1)).astype(np.int64)
-    index = (first[:, None] + np.arange(cfg.crop)) % length[:, None] + corpus.start[utterances, None]
-    wave = corpus.audio[torch.from_numpy(index).to(corpus.audio.device)].to(cfg.device).float() / 32768
-    return {"wave": wave, "speaker": torch.from_numpy(corpus.speaker[utterances]).to(cfg.device),
-            "utterance": torch.from_numpy(utterances).to(cfg.device)}
+    first = (rng.random(len(length)) * np.maximum(length - cfg.crop + 1, 1)).astype(int)
+    offset = (first[:, None] + np.arange(cfg.crop)) % length[
+        :, None
+    ]  # (B, crop); short ones repeat
+    index = torch.from_numpy(corpus.start[utterances, None] + offset)
+    wave = corpus.audio[index.to(corpus.audio.device)].to(cfg.device).float() / 32768
+    speaker = torch.tensor(corpus.speaker[utterances], device=cfg.device)
+    return dict(wave=wave, speaker=speaker, utterance=torch.tensor(utterances, device=cfg.device))
 
-def toy_corpus():
-    """Writes runs/toy/train and runs/toy/test once -> both: 8 and 4 speakers, 160 and 20 utterances of 1.5 s,
-    16 kHz, and phones.txt. Pulses of gliding f0, and noise, shaped by formants. Speaker = f0, tract length,
-    tilt, breath, a microphone's colour, level and offset; content = random phones, drawn independently."""
-    table = {"a": (800, 1250, 2500, 1, 0), "e": (480, 1900, 2600, 1, 0), "i": (280, 2300, 3000, 1, 0),
-             "o": (480, 850, 2400, 1, 0), "u": (300, 700, 2200, .8, 0), "m": (250, 1100, 2100, .4, 0),
-             "l": (360, 1300, 2900, .6, 0), "z": (250, 1700, 4500, .4, .3), "s": (250, 1700, 5500, 0, .6),
-             "sh": (300, 1800, 3000, 0, .7), "f": (350, 1100, 6500, 0, .25), "sil": (450, 1400, 2500, 0, 0)}
-    names, table = list(table), np.array(list(table.values()))               # F1, F2, F3 in Hz, voice, noise
-    cfg, rng = Config(n_fft=512, win=512, hop=160), np.random.default_rng(0)
-    freq, window = np.linspace(0, 8000, 257)[:, None], torch.hann_window(512)
-    voices = np.stack([rng.permutation(12) / 11 for _ in range(6)], 1)  # traits spread evenly over 12
-    with once(Path("runs/toy")) as root:
-        for s, n in ((s, n) for s in range(12 if root else 0) for n in range(20 if s % 3 == 1 else 160)):
-            pitch, tract, tilt, breath, level, offset = voices[s]
-            folder, rng = root / ("test" if s % 3 == 1 else "train"), np.random.default_rng((s, n))
-            colour = np.random.default_rng(1000 + s).normal(0, 0.04, 6)  # log10 of the gain: a cosine series
-            colour = np.cos(freq * np.arange(1, 7) * np.pi / 4000) @ colour[:, None]         # (F, 1)
-            phones = np.repeat(np.r_[11, rng.integers(0, 12, 12), 11], rng.integers(6, 17, 14))  # (T,)
-            track = F.avg_pool1d(F.pad(torch.from_numpy(table[phones].T), (2, 2), "replicate"), 5, 1).numpy()
-            f0 = np.linspace(-1, 1, len(phones)) * rng.uniform(-0.2, 0.2) + rng.normal(0, 0.08)
-            f0 = np.repeat(90 * 2 ** (1.5 * pitch + f0), 160)                # (N,) Hz
-            turn, h = np.pi * f0.cumsum() / 16000, int(7600 / f0.max())
-            pulse = (np.sin((2 * h + 1) * turn) / (np.sin(turn) + 1e-9) - 1) / (4 * h) ** 0.5      # h cosines
-            pulse, noise = (stft(torch.from_numpy(x)[None], cfg)[0, :-1].T.numpy()                # (F, T)
-                            for x in (pulse, rng.normal(0, 1, len(f0))))
-            ratio = freq[..., None] / (track[:3] * (1.05 - 0.1 * tract)).T   # (F, T, 3)
-            shape = ((1 - ratio ** 2) ** 2 + 0.02 * ratio ** 2).prod(-1) ** -0.5     # three resonances
-            shape *= 10 ** colour / (1 + freq / 500) ** (0.3 * tilt + 0.4)
-            source = pulse * (1 - 0.09 * breath ** 2) ** 0.5 + 0.3 * breath * noise
-            mixed = track[3] * shape * source
-            mixed += (track[4] * np.exp(-((ratio[..., 2] - 1) * 3) ** 2) + 2e-3) * noise
-            wave = torch.istft(F.pad(torch.from_numpy(mixed).cfloat(), (0, 1)), 512, 160, 512, window)
-            wave *= 0.08 * 10 ** (0.05 * level + rng.uniform(-0.05, 0.05)) / wave.std()
-            write_audio(folder / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav", wave + 0.01 * offset, 16000)
-            with open(folder / "phones.txt", "a") as file:
-                print(f"voice{s:02d}_{n:02d}", *(names[i] for i in phones), file=file)
-    return "runs/toy/train", "runs/toy/test"
-# ==================== end shared: corpus ====================
 
-# ==================== shared: probe ====================
-def linear_probe(x, y, classes):
-    """Softmax regression of y (n,) in 0..classes-1 on x (n, D), every 2nd, 3rd.. row beyond 50,000,
-    standardised, L2 1e-3, full-batch L-BFGS -> function (m, D) -> (m, classes) log posteriors."""
-    x, y = x[::-(-len(y) // 50_000)], y[::-(-len(y) // 50_000)]
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-5)
-    w = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
-    predict = lambda x: ((x - mean) / std @ w[1:] + w[0]).log_softmax(-1)
-    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-    def closure():
-        loss = F.nll_loss(predict(x), y) + 1e-3 * w[1:].square().sum()
-        w.grad, = torch.autograd.grad(loss, w)
-        return loss
-    optimizer.step(closure)                                             # gradients also under no_grad
-    return predict
+# ==================== shared: toy ====================
+# Of each toy phone: three formants in Hz, the loudness of the voice, the loudness of the friction.
+PHONES = """
+    a    800 1250 2500  1    0
+    e    480 1900 2600  1    0
+    i    280 2300 3000  1    0
+    o    480  850 2400  1    0
+    u    300  700 2200  0.8  0
+    m    250 1100 2100  0.4  0
+    l    360 1300 2900  0.6  0
+    z    250 1700 4500  0.4  0.12
+    s    250 1700 5500  0    0.24
+    sh   300 1800 3000  0    0.28
+    f    350 1100 6500  0    0.1
+    sil  450 1400 2500  0    0
+"""
 
-def equal_error_rate(x, speaker):
-    """Verification by the cosine of centred rows of x (n, D), all pairs -> the error rate where the shares of
-    same-speaker pairs rejected and of other pairs accepted are alike; 0.5 is chance, None without both."""
-    x = F.normalize(x - x.mean(0), dim=1)
-    a, b = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    same = (speaker[a] == speaker[b])[(x @ x.T)[a, b].argsort()].double()            # by rising score
-    if not 0 < same.sum() < len(same):
-        return None
-    rejected, accepted = same.cumsum(0) / same.sum(), 1 - (1 - same).cumsum(0) / (1 - same).sum()
-    i = (rejected - accepted).abs().argmin()
-    return ((rejected[i] + accepted[i]) / 2).item()
 
-def stretch(labels, frames, samples, cfg):
-    """(M,) labels, one per 10 ms -> (frames,): the label in the middle of each equal part of `samples`."""
-    at = (np.arange(frames) + 0.5) * samples / frames / cfg.sample_rate * 100
-    return torch.from_numpy(labels[at.astype(int).clip(0, len(labels) - 1)]).to(cfg.device)
+def toy_voice(s):
+    """The five traits of speaker s, the same in all utterances: (tilt, pitch, breath, scale, echo).
 
-def labelled(corpus, utterances, xs, phones, cfg):
-    """Of the (T', D) of each utterance, those with labels -> their frames (n, D) and phones (n,)."""
-    rows = [(x, u) for x, u in zip(xs, utterances) if u in phones]
-    y = [stretch(phones[u], len(x), corpus.length[u], cfg) for x, u in rows]
-    return torch.cat([x for x, _ in rows]), torch.cat(y)
+    tilt    how fast the harmonics above 500 Hz decay
+    pitch   mean f0 in octaves above 1 Hz, from 84 to 256 Hz
+    breath  loudness of the noise that the glottis adds to its pulses
+    scale   of the formants: the shorter the vocal tract, the higher
+    echo    delay of the reflection from the desk, in samples
 
-@torch.no_grad()
-def evaluate(model, corpus, cfg):
-    """What each representation knows -> {"chance": row, "representations": {name: row}}, row = {"phone",
-    "speaker", "eer"}, fractions or None. Linear probes of a frame's phone, of the speaker of a time average,
-    fitted on training, scored on held-out utterances (chance: the commonest class); eer on corpus.test."""
-    torch.manual_seed(cfg.seed)
-    untrained = Model(cfg, corpus.known).to(cfg.device)
-    prepare(untrained, corpus, cfg)                                 # the control: everything but the training
-    parts = (corpus, corpus.train), (corpus, corpus.held), (corpus.test, corpus.test.held)
-    parts = [(c, us[:cfg.probe]) for c, us in parts]
-    who = [torch.from_numpy(c.speaker[us]).to(cfg.device) for c, us in parts]
-    phones, chance, table = corpus.phones([*parts[0][1], *parts[1][1]]), {"phone": None, "eer": 0.5}, {}
-    def accuracy(what, x, y):                                                # x, y: (fit, held)
-        chance[what] = (y[1].bincount().max() / len(y[1])).item()
-        probe = linear_probe(x[0], y[0], int(torch.cat(y[:2]).max()) + 1)
-        return (probe(x[1]).argmax(1) == y[1]).float().mean().item()
-    for source, net in {"log-mel": None, "untrained": untrained.eval(), "": model.eval()}.items():
-        encode = lambda wave: represent(net, wave, cfg) if net else {"": log_mel(wave[None], cfg)[0]}
-        encoded = [[encode(c.wave(u).to(cfg.device)) for u in us] for c, us in parts]
-        for name in encoded[0][0]:
-            x = [[e[name].float() for e in part] for part in encoded]        # (T', D) or (D,) each
-            mean = [torch.stack([v if v.dim() == 1 else v.mean(0) for v in part]) for part in x]
-            row = {"phone": None, "speaker": accuracy("speaker", mean, who)}
-            table[f"{name} {source}".strip()] = row
-            if x[0][0].dim() == 2 and all(not phones.keys().isdisjoint(us) for _, us in parts[:2]):
-                frames = [labelled(c, us, v, phones, cfg) for (c, us), v in zip(parts[:2], x)]
-                row["phone"] = accuracy("phone", *zip(*frames))
-            row["eer"] = equal_error_rate(mean[2], who[2])
-    return {"chance": chance, "representations": table}
-# ==================== end shared: probe ====================
+    Multiples of the square roots of primes, modulo 1, fill the cube of the traits evenly: no two
+    voices are alike, and later speakers fall into the gaps that earlier ones leave.
+    """
+    place = s * np.sqrt([2, 3, 5, 7, 11]) % 1
+    span = [0.8, 1.6, 0.9, 0.2, 20]
+    lowest = [0.2, 6.4, 0, 0.9, 5]
+    return place * span + lowest
 
-# ==================== shared: listen ====================
-@torch.no_grad()
-def listen(model, corpus, cfg, out):
-    """Converts 24 held-out utterances (their first 3 s), writes six to out, and has linear probes of log-mel
-    frames of OTHER real utterances judge them, by mean posterior -> "target", "source": share heard as that
-    speaker; "phones": share of frames whose phone survives; the same for reconstruction and copy (Griffin-Lim
-    alone). None without a TARGET."""
-    pool, rng = corpus.test if TARGET == "recording" else corpus, np.random.default_rng(cfg.seed)
-    aims = pool.held[(pool.speaker[pool.held] < corpus.known) | (TARGET == "recording")]
-    others = [(u, aims[pool.speaker[aims] != pool.speaker[u]]) for u in pool.held[:24]]
-    pairs = np.array([(u, rng.choice(vs)) for u, vs in others if len(vs)])           # (24, 2): source, target
-    rest = np.setdiff1d(np.r_[pool.train[:cfg.probe], pool.held[:cfg.probe]], pairs)
-    if not TARGET or not len(pairs) or not len(rest):
-        return None
-    clips = [[pool.wave(u)[:3 * cfg.sample_rate].to(cfg.device) for u in column] for column in pairs.T]
-    aims = clips[1] if TARGET == "recording" else pool.speaker[pairs[:, 1]].tolist()
-    copies = [griffin_lim(mel_to_magnitude(log_mel(w[None], cfg).exp(), cfg), cfg)[0] for w in clips[0]]
-    waves = {"source": clips[0], "copy": copies, "target": clips[1],
-             "reconstruction": convert(model, clips[0], [None] * len(pairs), cfg),
-             "conversion": convert(model, clips[0], aims, cfg)}
-    for (k, name), i in itertools.product(enumerate(waves), range(min(6, len(pairs)))):
-        who = f"{pool.paths[pairs[i, 0]].stem}_to_{pool.speakers[pool.speaker[pairs[i, 1]]]}"
-        write_audio(out / f"{i}_{who}_{k}_{name}.wav", waves[name][i], cfg.sample_rate)
-    phones, speaker = pool.phones([*rest, *pairs[:, 0]]), torch.from_numpy(pool.speaker).to(cfg.device)
-    hear = lambda wave: log_mel(wave[None], cfg)[0].clamp(min=math.log(1e-3))      # deaf to what is inaudible
-    mels = [hear(pool.wave(u).to(cfg.device)) for u in rest]
-    heard = torch.cat([speaker[u].expand(len(m)) for u, m in zip(rest, mels)])
-    judge = linear_probe(torch.cat(mels), heard, len(pool.speakers))
-    spell = None if phones.keys().isdisjoint(rest) else linear_probe(
-        *labelled(pool, rest, mels, phones, cfg), 1 + max(map(np.max, phones.values())))
-    table = {}
-    for name in ("conversion", "reconstruction", "copy"):
-        mels = [hear(w) for w in waves[name]]
-        heard = torch.stack([judge(m).exp().mean(0).argmax() for m in mels])
-        kept = [spell(m).argmax(1) == stretch(phones[u], len(m), len(w), cfg)
-                for u, m, w in zip(pairs[:, 0], mels, waves[name]) if spell and u in phones]
-        target, source = ((heard == speaker[column]).float().mean().item() for column in pairs.T[::-1].copy())
-        table[name] = {"target": target, "source": source,
-                       "phones": torch.cat(kept).float().mean().item() if kept else None}
-    return {"pairs": len(pairs), **table.pop("conversion"), **table}
-# ==================== end shared: listen ====================
 
-# ==================== shared: page ====================
-def picture(wave, cfg):
-    """(N,) -> <img>, an inlined 8-bit PNG, of its log-mel: low bands at the bottom, dark is loud, 70 dB."""
-    mel = log_mel(wave[None], cfg)[0].T.flip(0)                              # (n_mels, T)
-    gray = ((mel.max().clamp(min=-3) - mel) / 8 * 255).clamp(max=255).byte().numpy()
-    rows = np.pad(gray, ((0, 0), (1, 0))).tobytes()                        # each begins with its filter: none
-    word = lambda n: n.to_bytes(4, "big")
-    chunk = lambda kind, data: word(len(data)) + kind + data + word(zlib.crc32(kind + data))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", word(mel.shape[1]) + word(len(mel)) + b"\x08\0\0\0\0")
-    png = base64.b64encode(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
-    return f'<img height=96 src="data:image/png;base64,{png}">'
+def glottal_pulses(f0):
+    """f0 in Hz (N,) -> (N,) one pulse per period: the sum of the cosines of all harmonics.
 
-def page(out, result, table, log, cfg):
-    """Writes out/index.html, which opens from disk, without script or network: the table, the curves of the
-    log, and a player and a spectrogram of each file of out/samples, those of one number in a row."""
-    figure = lambda body, note: f"<figure>{body}<figcaption>{escape(note).replace('_', '_<wbr>')}</figure>"
-    rows = "<tr>".join("".join(f"<td>{escape(cell)} &nbsp;" for cell in row) for row in table)
-    html = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:13px sans-serif} img,audio,svg{width:100%}"
-            "div{display:flex;flex-wrap:wrap} figure{width:17em;margin:4px} path{fill:none;stroke:red;stroke-"
-            f"linecap:round}}</style><h1>{escape(result['command'])}</h1><table><tr>{rows}</table><div>"]
-    for k in dict.fromkeys(k for line in log for k in line if k not in ("step", "seconds_left")):
-        x, y = np.array([(line["step"], line[k]) for line in log if k in line]).T
-        span = max(np.ptp(y), 1e-5 * abs(y).max(), 1e-9)                     # what is constant is a flat line
-        dots = np.stack([5 + 180 * x / x[-1], 75 - 70 * (y - y.min()) / span], 1).round(1)
-        path = f'<path d="M{" ".join(map(str, dots.ravel()))}h0"/>'
-        html.append(figure(f'<svg viewBox="0 0 190 80">{path}</svg>', f"{k} {y.min():.4g} to {y.max():.4g}"))
-    row = lambda path: re.match(r"\D*\d+|[^_]*", path.stem)[0]              # 0_.., grid_0_.., noise_..
-    show = lambda path: figure(picture(read_audio(path, cfg.sample_rate), cfg) + "<audio controls "
-                               f'src="samples/{quote(path.name)}"></audio>', path.name)
-    for _, paths in itertools.groupby(sorted((out / "samples").glob("*.wav")), row):
-        html += ["</div><div>", *map(show, paths)]
-    (out / "index.html").write_text("\n".join(html) + "\n", "utf-8", "replace")
-# ==================== end shared: page ====================
+    Harmonics above 7600 Hz are left out, so that none folds back at the sample rate of 16 kHz.
+    Their sum needs no loop: cos(2x) + .. + cos(2hx) = (sin((2h + 1) x) / sin(x) - 1) / 2, where x
+    is half the phase of f0.
+    """
+    harmonics = 7600 // f0.max()
+    x = np.pi * f0.cumsum() / 16000
+    pulses = np.sin((2 * harmonics + 1) * x) / np.sin(x) - 1
+    return pulses / harmonics**0.5  # the same power at every pitch
+
+
+def toy_utterance(s, n):
+    """Utterance n of speaker s -> wave (N,) at 16 kHz, and its phones (T,), one per 10 ms."""
+    tilt, pitch, breath, scale, echo = toy_voice(s)
+    rng = np.random.default_rng((s, n))
+    table = np.array(PHONES.split()).reshape(12, 6)
+    cfg = Config(n_fft=512, win=512, hop=160)
+
+    # The content does not depend on the speaker: 12 random phones of 60 to 160 ms between two
+    # silences. The articulators take 50 ms to move from one phone to the next.
+    phones = np.repeat([11, *rng.choice(12, 12), 11], rng.integers(6, 17, 14))  # (T,)
+    targets = torch.from_numpy(table[phones, 1:].T.astype(np.float32))  # (5, T)
+    *formants, voicing, friction = F.avg_pool1d(targets, 5, 1, padding=2)
+
+    # The source: noise, and pulses whose pitch glides from one random height to another.
+    glide = rng.uniform(-0.2, 0.2, 2)
+    f0 = 2 ** (pitch + np.linspace(*glide, 160 * len(phones) - 160))
+    source = np.stack([glottal_pulses(f0), rng.standard_normal(len(f0))])
+    pulses, noise = stft(torch.from_numpy(source), cfg).mT  # (F, T) each
+
+    # The filter: the voice passes three resonances, the noise of friction only the last.
+    frequency = torch.linspace(0, 8000, 257)[:, None]
+    voice = voicing * (pulses + breath * noise) / (1 + frequency / 500) ** tilt
+    for formant in formants:
+        ratio = frequency / (scale * formant)
+        resonance = 1 / (1 + 0.14j * ratio - ratio**2)
+        voice = voice * resonance
+    spectrum = voice + (friction * resonance + 0.004) * noise  # 0.004: no room is silent
+    wave = istft(spectrum.T[None], cfg)[0]
+
+    # The desk reflects the sound, a little later and weaker.
+    wave += 0.3 * wave.roll(int(echo))
+    return 0.08 * wave / wave.std(), table[phones[1:], 0]
+
+
+def write_toy(root):
+    """Writes 24 speakers to root/train and 16 others to root/test, with the phones of each."""
+    for s in range(1, 41):
+        part = root / ("train" if s <= 24 else "test")
+        for n in range(54 if s <= 24 else 15):
+            wave, phones = toy_utterance(s, n)
+            path = part / f"voice{s:02d}/voice{s:02d}_{n:02d}.wav"
+            write_audio(path, wave, 16000)
+            with open(part / "phones.txt", "a") as file:
+                print(path.stem, *phones, file=file)
+
 
 # ==================== shared: main ====================
-NAME, BEGAN = Path(__file__).stem, time.time()
-CODE = Path(__file__).read_text().split('"""', 2)[2]                         # the script below its docstring
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # set by torchrun
-
 def parse(argv):
-    """argv -> (mode, {field of Config: value} as far as given, other flags). Wrong usage: exit 2."""
-    file_modes = ("checkpoint", "source", "output")
-    needs = {"train": (), "evaluate": ("checkpoint",), "convert": file_modes, "encode": file_modes}
-    mode, argv = (argv[0], argv[1:]) if argv and argv[0] in needs else ("train", argv)
-    parser = argparse.ArgumentParser(usage=f"python {NAME}.py [{' | '.join(needs)}] [--flag value ..]",
-                                     description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see python {NAME}.py --help\n")
-    boolean = lambda text: ("false", "true").index(text.lower()) == 1
-    notes = dict(re.findall(r"^    (\w+): .*?# (.+)$", CODE, re.M))
-    for f in fields(Config):
-        names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
-        parser.add_argument(*names, dest=f.name, nargs="?" if f.name == "data" else None,   # alone: the toy
-                            type={bool: boolean, int: int, float: float}.get(f.type, str),
-                            choices=get_args(f.type) or None,
-                            help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    parser.add_argument("--checkpoint", help="run folder or model.pt")
-    parser.add_argument("--source", help="audio file; or folder to encode")
-    parser.add_argument("--target", help=TARGET or "not used here")
-    parser.add_argument("--output", help="what to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--toy", action="store_true", help="with --data: TOY's small model and budget")
+    """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
+    2."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nEvery field of Config is a flag too:\n\n{inspect.getsource(Config)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser.add_argument("mode", nargs="?", default="train", choices=["train", "convert", "encode"])
+    for name in ("checkpoint", "source", "target", "output"):
+        parser.add_argument(f"--{name}")
+    for name in ("toy", "resume"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for field in fields(Config):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type={int: int, float: float, bool: json.loads}.get(field.type, str),
+            choices=get_args(field.type) or None,
+            nargs="?" if field.name == "data" else None,  # --data alone: the toy voices
+        )
     flags = parser.parse_args(argv)
-    given = {f.name: value for f in fields(Config) if (value := getattr(flags, f.name)) is not None}
-    for name, value in given.items():
-        zero = value == 0 and (name == "seed" or type(value) is float)
-        if type(value) in (int, float) and not (zero or 0 < value < math.inf):
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
-    if given.get("device") == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here; leave the flag out")
-    for name in (*needs[mode], *["out"] * flags.resume):
-        if not getattr(flags, name):
-            parser.error(f"{mode}{' --resume' * flags.resume} needs --{name}")
-    return mode, given, flags
+    if flags.mode != "train" and None in (flags.checkpoint, flags.source, flags.output):
+        parser.error(f"{flags.mode} needs --checkpoint, --source and --output")
+    if flags.resume and not flags.out:
+        parser.error("--resume needs --out")
+    if flags.output and Path(flags.output).exists():
+        parser.error(f"{flags.output}: exists; remove it or choose another --output")
+    names = Config.__dataclass_fields__
+    return flags, {name: v for name, v in vars(flags).items() if name in names and v is not None}
 
-def save(path, model, optimizers, step, cfg, speakers):
-    """Checkpoint of tensors and plain values; at every moment `path` is the old one or the new one, whole."""
+
+def save(path, **content):
+    """Writes a checkpoint. At every moment `path` is the old one or the new one, whole."""
+    part = path.with_suffix(".part")
     try:
-        with once(path, anew=True) as part, open(part, "wb") as file:
-            torch.save({"script": NAME, "step": step, "speakers": speakers, "model": model.state_dict(),
-                        "config": {name: value for name, value in asdict(cfg).items() if name != "device"},
-                        "optimizers": {name: o.state_dict() for name, o in optimizers.items()}}, file)
+        with open(part, "wb") as file:
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(part, path)
     except RuntimeError as error:
-        raise error.__context__ or error                 # torch wraps what the disk said
+        raise error.__context__ or error  # torch hides what the disk said
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def load(path, **overrides):
-    """Run folder or checkpoint file -> (model in eval mode on cfg.device, cfg, checkpoint), or UserError."""
-    file = Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"{file}: no such checkpoint; give a run folder or its model.pt")
+    """Run folder or model.pt -> model in eval mode, cfg, checkpoint. Runs no code that the file
+    holds."""
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        script, saved = checkpoint["script"], checkpoint["config"]
-    except Exception:                                                   # whatever torch makes of a wrong file
-        raise UserError(f"{file}: not a checkpoint, or a damaged one; give another") from None
-    if script != NAME:
-        raise UserError(f"{file}: a checkpoint of {script}.py; use that script")
-    try:
-        cfg = Config(**saved | overrides)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == NAME, f"it is of {checkpoint['script']}.py"
+        cfg = Config(**checkpoint["config"] | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, RuntimeError):
-        raise UserError(f"{file}: another configuration; leave out the flags that change the model") from None
+    except Exception as error:  # torch has many for a wrong file
+        raise UserError(
+            f"{path}: not a checkpoint of {NAME}.py with these flags: {error}"
+        ) from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
-def train(given, flags):
-    """Trains, then reports; leaves model.pt, log.jsonl, result.json, index.html and samples/ in --out."""
-    checkpoint = None
-    if WORLD > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # "cuda" now means this process's GPU
-    free = (path for i in itertools.count(1) if not (path := Path(f"runs/{NAME}-{i}")).exists())
-    out = Path(given.get("out") or next(free))
-    if flags.resume and (out / "model.pt").exists():
-        model, cfg, checkpoint = load(out, **given)
-    elif not flags.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists; add --resume to go on with it, or choose another --out")
+
+def claim_folder(flags):
+    """Makes the run folder, --out or the first of runs/NAME-1, -2 .. that is free, in one go, so
+    that two runs never share it."""
+    for i in itertools.count(1):
+        out = Path(flags.out or f"runs/{NAME}-{i}")
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True, exist_ok=flags.resume)
+            return out
+        if flags.out:
+            raise UserError(f"{out}: exists; add --resume to continue it, or choose another --out")
+
+
+def average_gradients(model):
+    """Gives all processes the weights of the first, and after every backward the mean gradient."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD_SIZE)))
+
+
+def train(flags, given):
+    """Trains a model; leaves model.pt, log.jsonl, run.json and samples/ in the run folder."""
+    began = time.time()
+    model = checkpoint = None
+    if flags.resume and Path(flags.out, "model.pt").exists():
+        model, cfg, checkpoint = load(flags.out, **given)
     else:
-        cfg = Config(**(TOY if flags.toy or not given.get("data") else {}) | given)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+        cfg = Config(**(TOY if flags.toy or not flags.data else {}) | given)
+    if WORLD_SIZE > 1:
+        if cfg.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)  # from here on "cuda" is the GPU of this process
+        dist.init_process_group()
+
     corpus = load_corpus(cfg)
+    model, optimizers, first = build(model, corpus, cfg, checkpoint)
+    out = claim_folder(flags) if RANK == 0 else None
+    run = describe_run(cfg)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
+    print(f"    {millions:.1f} million parameters on {run['hardware']}", flush=True)
+    if cfg.device == "cpu" and flags.data and not flags.toy:
+        print("no CUDA device for a model of full size: add --toy for the small one", flush=True)
+
+    optimize(model, optimizers, corpus, cfg, out, first)
+    if RANK == 0:
+        (out / "samples").mkdir(exist_ok=True)
+        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        run = dict(run, seconds=time.time() - began, metrics=metrics)
+        (out / "run.json").write_text(json.dumps(run, indent=1))
+        print(re.sub(r"(\.\d{4})\d+", r"\1", json.dumps(metrics, indent=1)))  # four decimals
+        print(f"measure, see and hear it: python tests/compare.py {out}")
+    if WORLD_SIZE > 1:
+        dist.barrier()  # torchrun ends all processes when one of them ends
+        dist.destroy_process_group()
+
+
+def build(model, corpus, cfg, checkpoint):
+    """-> model, optimizers and the number of steps done: new, or as the checkpoint has them."""
+    if len(corpus.train) < cfg.batch_size:
+        count = len(corpus.train)
+        raise UserError(f"{count} training utterances fill no batch; lower --batch-size")
+    if checkpoint and checkpoint["speakers"] != corpus.speakers:
+        raise UserError(f"{cfg.data}: other speakers than the checkpoint's; choose another --out")
     torch.manual_seed(cfg.seed)
     if not checkpoint:
-        model = Model(cfg, corpus.known).to(cfg.device)
+        model = Model(cfg, len(corpus.speakers)).to(cfg.device)
         prepare(model, corpus, cfg)
-    elif checkpoint["speakers"] != corpus.speakers:
-        raise UserError(f"{cfg.data}: not the speakers that {out} was trained on; choose another --out")
     optimizers = make_optimizers(model, cfg)
     for name in optimizers if checkpoint else ():
         optimizers[name].load_state_dict(checkpoint["optimizers"][name])
-    if WORLD > 1:                                                 # one start; then every gradient is averaged
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
-            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad.div_(WORLD)))
-    out.mkdir(parents=True, exist_ok=True)
-    done, window, bad, last, stop = checkpoint["step"] if checkpoint else 0, [], 0, time.time(), []
-    ask = lambda number, _: stop.append(signal.signal(number, signal.default_int_handler))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)                                   # asked once: after this step; twice: now
-    for step in range(done, cfg.steps):
-        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, RANK)).integers(2 ** 62)))
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16 and cfg.device == "cuda",
-                            cache_enabled=False):                 # its copies of weights could outlive a step
-            window.append(train_step(model.train(), optimizers, corpus, step, cfg))
-        finite = torch.stack([v.float().isfinite() for v in window[-1].values()]).all()
-        bad, done = (bad + 1) * ~finite, step + 1                            # bad stays on the device
-        end = done == cfg.steps or bool(stop)
-        if done % cfg.log_every == 0 or end:
-            spent, names = (time.time() - last) / len(window), dict.fromkeys(k for m in window for k in m)
-            log = {k: torch.stack([m[k].float() for m in window if k in m]).mean().item() for k in names}
-            log |= {"audio_seconds_per_second": cfg.batch_size * cfg.crop * WORLD / cfg.sample_rate / spent,
-                    "seconds_left": (cfg.steps - done) * spent}
-            print(f"step {done}/{cfg.steps}", *(f"{k} {v:.4g}" for k, v in log.items()), sep="  ", flush=True)
-            with open(os.devnull if RANK else out / "log.jsonl", "a") as file:
-                print(json.dumps({"step": done} | log), file=file)
-            window, last = [], time.time()
-        if (done % 20 == 0 or end) and (bad >= 20 or end and bad):
-            raise UserError(f"the loss is not finite from step {done - int(bad) + 1} on; lower --lr")
-        sound = (done % cfg.save_every == 0 or end) and not bad and not RANK
-        if sound and all(t.isfinite().all() for t in model.state_dict().values()):
-            save(out / "model.pt", model, optimizers, done, cfg, corpus.speakers)
-        if end and stop:
-            raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if not RANK:
-        report(model, corpus, cfg, out, done)
+    if WORLD_SIZE > 1:
+        average_gradients(model)
+    return model, optimizers, checkpoint["step"] if checkpoint else 0
 
-def report(model, corpus, cfg, out, steps):
-    """Measures everything -> out/result.json, samples/, index.html, and the table on the screen."""
-    print("measuring what the representations know and what conversion does", flush=True)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    log = [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
-    speed = sorted(line["audio_seconds_per_second"] for line in log)[len(log) // 2:len(log) // 2 + 1]
-    result = {"script": NAME, "sha256": hashlib.sha256(CODE.encode()).hexdigest(),
-              "command": shlex.join(["python", Path(__file__).name, *sys.argv[1:]]), "config": asdict(cfg),
-              "data": {"folder": cfg.data or "toy", "utterances": len(corpus.paths), "speakers": corpus.known,
-                       "minutes": round(corpus.length.sum() / cfg.sample_rate / 60, 1)},
-              "steps": steps, "torch": torch.__version__,
-              "hardware": torch.cuda.get_device_name() if cfg.device == "cuda" else
-              f"CPU, {torch.get_num_threads()} threads",
-              "audio_seconds_per_second": speed[0] if speed else None, **evaluate(model.eval(), corpus, cfg),
-              "conversion": listen(model, corpus, cfg, out / "samples"),
-              "metrics": sample(model, corpus, cfg, out / "samples")}
-    result["seconds"] = round(time.time() - BEGAN, 1)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    table, percent = [["", "phone", "speaker", "EER"]], lambda v: "-" if v is None else f"{v:.1%}"
-    for name, row in {"chance": result["chance"], **result["representations"]}.items():
-        table.append([name, *(percent(row[what]) for what in ("phone", "speaker", "eer"))])
-    for p, name, value in ((p, *i) for p in ("conversion", "metrics") for i in (result[p] or {}).items()):
-        value = value if isinstance(value, dict) else {"": value}
-        table.append([f"{p} {name}", *(f"{k} {v:.4g}".strip() for k, v in value.items() if v is not None)])
-    for name, *cells in table:
-        print(f"{name:30}", *(f"{cell:>8}" for cell in cells))
-    page(out, result, table, log, cfg)
-    print(f"{result['seconds']:.0f} s; {out}/index.html, {out}/result.json, {out}/samples", flush=True)
+
+def describe_run(cfg):
+    """What made a run -> the first entries of run.json. The hash is of the method, without the
+    plumbing."""
+    source = Path(__file__).read_text()
+    method = source[
+        source.index("@dataclass(frozen") : source.index("# ==================== shared")
+    ]
+    cuda = cfg.device == "cuda"
+    return dict(
+        script=NAME,
+        method_sha256=hashlib.sha256(method.encode()).hexdigest(),
+        command=shlex.join(["python", *sys.argv]),
+        config=asdict(cfg),
+        steps=cfg.steps,
+        hardware=torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        torch=torch.__version__,
+    )
+
+
+def optimize(model, optimizers, corpus, cfg, out, first):
+    """The training loop, from step `first` on. Ctrl-C and SIGTERM let a step end, then save and
+    stop."""
+    stop = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        signal.signal(number, lambda *_: stop.append(1))
+    began = time.time()
+    for step in range(first, cfg.steps):
+        torch.manual_seed(
+            (cfg.seed * 1_000_003 + step) * WORLD_SIZE + RANK
+        )  # a resumed run draws the same
+        # Without cache_enabled=False, copies of the weights in bfloat16 could outlive a step.
+        with torch.autocast(
+            cfg.device, torch.bfloat16, cfg.bf16 and cfg.device == "cuda", cache_enabled=False
+        ):
+            metrics = train_step(model.train(), optimizers, corpus, step, cfg)
+        done = step + 1
+        saving = done == cfg.steps or done % cfg.save_every == 0 or stop
+        if saving or done % cfg.log_every == 0 or done - first in (1, 10):
+            log(metrics, done, (time.time() - began) / (done - first), cfg, out)
+        if saving and RANK == 0:
+            save(
+                out / "model.pt",
+                script=NAME,
+                step=done,
+                config=asdict(cfg),
+                speakers=corpus.speakers,
+                model=model.state_dict(),
+                optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            )
+        if stop:
+            command = shlex.join(["python", *sys.argv, "--out", str(out), "--resume"])
+            print(f"saved at step {done}; continue with: {command}")
+            raise KeyboardInterrupt
+    for number in signals:
+        signal.signal(number, signal.default_int_handler)
+
+
+def log(metrics, done, pace, cfg, out):
+    """Prints the metrics of a step and appends them to log.jsonl."""
+    line = {name: value.item() for name, value in metrics.items()}  # waits for the GPU
+    if not all(map(math.isfinite, line.values())):
+        raise UserError(f"step {done}: the loss is not finite; lower --lr")
+    if RANK == 0:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+        left = timedelta(seconds=round((cfg.steps - done) * pace))
+        print(f"step {done}/{cfg.steps}  {shown}  {pace:.3g} s a step, {left} left", flush=True)
+        with open(out / "log.jsonl", "a") as file:
+            print(json.dumps({"step": done, **line}), file=file)
+
+
+def read_source(path, cfg):
+    """Audio file -> its pieces (n,), on the device."""
+    wave = read_audio(path, cfg.sample_rate).to(cfg.device)
+    if len(wave) < cfg.win or wave.abs().max() < 1e-4:
+        raise UserError(
+            f"{path}: silent, or shorter than a window of {cfg.win} samples; give another"
+        )
+    return wave.tensor_split(ceil(len(wave) / PIECE_SECONDS / cfg.sample_rate))
+
+
+def convert_file(flags, given):
+    """What --source says, in the voice of --target or, without one, its own -> --output."""
+    if Path(flags.output).suffix.lower() not in AUDIO_ENDINGS:
+        raise UserError(f"{flags.output}: unknown ending; end it in .wav or .flac")
+    model, cfg, checkpoint = load(flags.checkpoint, **given)
+    speakers = checkpoint["speakers"] if TARGET else []
+    target = flags.target
+    if target and TARGET == "recording":
+        target = read_source(target, cfg)[0]
+    elif target and target not in speakers:
+        raise UserError(f"--target {target}: choose from {speakers[:40]}")
+    elif target:
+        target = speakers.index(target)
+    waves = [convert(model, [piece], [target], cfg)[0] for piece in read_source(flags.source, cfg)]
+    write_audio(flags.output, torch.cat(waves), cfg.sample_rate)
+
+
+def encode_files(flags, given):
+    """The representations of --source, a file or a folder -> --output/PATH.REPRESENTATION.npy."""
+    model, cfg, _ = load(flags.checkpoint, **given)
+    source = Path(flags.source)
+    names = audio_names(source) if source.is_dir() else [""]
+    stems = [Path(name).with_suffix("") for name in names]
+    if len(set(stems)) < len(stems):
+        raise UserError(
+            f"{max(stems, key=stems.count)}.*: two files would write one output; rename one"
+        )
+    for name in names:
+        rows = [represent(model, piece, cfg) for piece in read_source(source / name, cfg)]
+        for key, x in rows[0].items():
+            x = [row[key] for row in rows]
+            is_vector = x[0].dim() == 1 and x[0].is_floating_point()
+            x = torch.stack(x).mean(0) if is_vector else torch.cat(x)
+            path = Path(flags.output, name or source.name).with_suffix(f".{key}.npy")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, x.cpu().numpy())
+
 
 def main(argv):
     """Runs one mode -> exit code."""
     try:
+        flags, given = parse(argv)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        mode, given, flags = parse(argv)
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-        if mode == "train":
-            train(given, flags)
-            return 0
-        output = Path(flags.output or tempfile.mkdtemp())
-        if flags.output and output.exists() and not flags.overwrite:
-            raise UserError(f"{output}: exists; add --overwrite to replace it")
-        if mode == "convert" and output.suffix not in (".wav", ".flac", ".ogg"):
-            raise UserError(f"{output}: unknown ending; end it in .wav, .flac or .ogg")
-        fresh = {"test": "", "phones": ""} if "data" in given else {}  # those of the training data do not fit
-        model, cfg, checkpoint = load(flags.checkpoint, **fresh | given)
-        def read(path):
-            wave = read_audio(path, cfg.sample_rate).to(cfg.device)
-            if len(wave) < cfg.win or wave.abs().max() < 1e-4:
-                what = "silence" if len(wave) >= cfg.win else f"shorter than a window of {cfg.win} samples"
-                raise UserError(f"{path}: {what}; give another recording")
-            return wave
-        files = lambda root: audio_files(root) if root.is_dir() else [root]
-        if mode == "evaluate":
-            report(model, load_corpus(cfg, checkpoint["speakers"]), cfg, output, checkpoint["step"])
-        elif mode == "convert":
-            target, speakers = flags.target or None, checkpoint["speakers"]
-            if target and not TARGET:
-                raise UserError(f"--target: {NAME}.py does not convert between speakers; leave it out")
-            if target and TARGET == "recording":            # several of one speaker, one after another
-                target = torch.cat([read(path) for path in files(Path(target))])
-            elif target and target not in speakers:
-                raise UserError(f"--target {target}: unknown; the model knows {', '.join(speakers[:40])}")
-            elif target:
-                target = speakers.index(target)
-            write_audio(output, convert(model, [read(flags.source)], [target], cfg)[0], cfg.sample_rate)
-        else:
-            root, lost = Path(flags.source), []
-            for path in files(root):
-                file = output / path.relative_to(root if root.is_dir() else root.parent)
-                try:
-                    for name, x in represent(model, read(path), cfg).items():
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        np.save(file.with_suffix(f".{name}.npy"), x.float().cpu().numpy())
-                except UserError as error:
-                    lost.append(error)
-            if lost:
-                raise UserError(f"{len(lost)} files could not be encoded, the first: {lost[0]}")
+        sys.stdout.reconfigure(errors="replace")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+        {"train": train, "convert": convert_file, "encode": encode_files}[flags.mode](flags, given)
         return 0
-    except UserError as error:
+    except (UserError, OSError, sf.SoundFileError) as error:
         message = error
-    except torch.cuda.OutOfMemoryError:
-        message = "out of GPU memory; lower --batch-size or --crop"
-    except (OSError, sf.SoundFileError) as error:
-        message = f"{error}; free space there or choose another place"
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error):
+            raise
+        message = (
+            "out of memory; lower --batch-size or --crop, give a shorter recording, or --device cpu"
+        )
     except KeyboardInterrupt:
         return 130
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
     return 1
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-# ==================== end shared: main ====================

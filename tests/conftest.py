@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the tests of all scripts share."""
+
 import pytest
 
 

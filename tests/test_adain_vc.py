@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Checks of the method in adain_vc.py: numbers worked out by hand, exact identities, and one short run."""
+
 import math
 from types import SimpleNamespace
 
@@ -12,8 +13,25 @@ import torch.nn.functional as F
 import adain_vc as v
 
 torch.set_num_threads(1)
-TINY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=20, crop=2560, batch_size=6, channels=16, d_content=6,
-            d_speaker=12, bank=4, bank_channels=4, blocks=4, dense=2, kl_steps=50, lr=2e-3, device="cpu")
+TINY = dict(
+    sample_rate=8000,
+    n_fft=256,
+    win=200,
+    hop=80,
+    n_mels=20,
+    crop=2560,
+    batch_size=6,
+    channels=16,
+    d_content=6,
+    d_speaker=12,
+    bank=4,
+    bank_channels=4,
+    blocks=4,
+    dense=2,
+    kl_steps=50,
+    lr=2e-3,
+    device="cpu",
+)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -23,8 +41,12 @@ def seed():
 
 
 def close(x, y, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y).to(torch.as_tensor(x).dtype),
-                               atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(x),
+        torch.as_tensor(y).to(torch.as_tensor(x).dtype),
+        atol=tolerance,
+        rtol=tolerance,
+    )
 
 
 def tiny(**options):
@@ -41,9 +63,17 @@ def corpus_of(waves, speaker=None):
     waves = torch.stack([w for w in waves])
     U, N = waves.shape
     audio = (waves * 32768).round().clamp(-32768, 32767).short().flatten()
-    c = SimpleNamespace(train=np.arange(U), held=np.arange(U), length=np.full(U, N), start=np.arange(U) * N, audio=audio,
-                        speaker=np.arange(U) if speaker is None else np.array(speaker), seconds=0.0, known=U)
-    c.wave = lambda u: audio[c.start[u]:c.start[u] + N].float() / 32768
+    c = SimpleNamespace(
+        train=np.arange(U),
+        held=np.arange(U),
+        length=np.full(U, N),
+        start=np.arange(U) * N,
+        audio=audio,
+        speaker=np.arange(U) if speaker is None else np.array(speaker),
+        seconds=0.0,
+        known=U,
+    )
+    c.wave = lambda u: audio[c.start[u] : c.start[u] + N].float() / 32768
     c.test = c
     return c
 
@@ -61,28 +91,48 @@ def test_parameters_of_the_paper():
     """9.13: the authors' final configuration, network by network."""
     model = v.Model(v.Config(), 100)
     count = lambda net: sum(p.numel() for p in net.parameters())
-    assert [count(net) for net in (model.content, model.speaker, model.decoder)] == [3_574_656, 3_756_288, 1_709_568]
-    assert count(model) == 9_040_512 == sum(p.numel() for p in v.Model(v.Config(instance_norm=False), 2).parameters())
+    assert [count(net) for net in (model.content, model.speaker, model.decoder)] == [
+        3_574_656,
+        3_756_288,
+        1_709_568,
+    ]
+    assert (
+        count(model)
+        == 9_040_512
+        == sum(p.numel() for p in v.Model(v.Config(instance_norm=False), 2).parameters())
+    )
     assert sum(isinstance(m, v.AdaIN) for m in model.modules()) == 12
     assert [m.kernel_size[0] for m in model.content.bank] == list(range(1, 9))
     assert [b[3].stride[0] for b in model.speaker.blocks] == [1, 2, 1, 2, 1, 2]
     assert [b.up for b in model.decoder.blocks] == [2, 1, 2, 1, 2, 1]
 
 
-@pytest.mark.parametrize("k, stride, T", [(1, 1, 7), (2, 1, 7), (5, 2, 7), (5, 2, 8), (8, 1, 9), (3, 1, 4)])
+@pytest.mark.parametrize(
+    "k, stride, T", [(1, 1, 7), (2, 1, 7), (5, 2, 7), (5, 2, 8), (8, 1, 9), (3, 1, 4)]
+)
 def test_convolution_against_a_loop(k, stride, T):
     """Section 3: k // 2 mirrored frames before, one fewer after where k is even; length ceil(T / stride)."""
     conv, x = v.Conv(3, 2, k, stride=stride), torch.randn(1, 3, T)
     mirror = lambda t: -t if t < 0 else 2 * (T - 1) - t if t >= T else t
-    expected = torch.stack([conv.bias + sum(conv.weight[:, :, j] @ x[0, :, mirror(t + j - k // 2)] for j in range(k))
-                            for t in range(0, T, stride)], 1)
+    expected = torch.stack(
+        [
+            conv.bias
+            + sum(conv.weight[:, :, j] @ x[0, :, mirror(t + j - k // 2)] for j in range(k))
+            for t in range(0, T, stride)
+        ],
+        1,
+    )
     close(conv(x)[0], expected, 1e-5)
     assert expected.shape[1] == math.ceil(T / stride)
 
 
 def test_instance_norm_removes_an_affine_per_channel():
     """9.1: IN(a h + b) = IN(h) for a > 0, inside AdaIN; a negative a flips the sign; one frame has no deviation."""
-    adain, h, e = v.AdaIN(v.Config(channels=8, d_speaker=5)), torch.randn(2, 8, 50), torch.randn(2, 5)
+    adain, h, e = (
+        v.AdaIN(v.Config(channels=8, d_speaker=5)),
+        torch.randn(2, 8, 50),
+        torch.randn(2, 5),
+    )
     a, b = 0.2 + 3 * torch.rand(1, 8, 1), 5 * torch.randn(1, 8, 1)
     close(adain(a * h + b, e), adain(h, e), 1e-3)
     shift = adain.affine(e)[:, :8, None]
@@ -93,15 +143,20 @@ def test_instance_norm_removes_an_affine_per_channel():
 
 def test_adain_sets_mean_and_deviation():
     """9.2: the mean over time is the first half of the affine's output, the biased deviation |the second half|."""
-    adain, h, e = v.AdaIN(v.Config(channels=8, d_speaker=5)), 3 + 7 * torch.randn(2, 8, 50), 4 * torch.randn(2, 5)
+    adain, h, e = (
+        v.AdaIN(v.Config(channels=8, d_speaker=5)),
+        3 + 7 * torch.randn(2, 8, 50),
+        4 * torch.randn(2, 5),
+    )
     y, (shift, scale) = adain(h, e), adain.affine(e).chunk(2, 1)
     close(y.mean(-1), shift, 1e-5)
     close(y.std(-1, correction=0), scale.abs(), 1e-4)
-    assert (scale < 0).any()                                             # raw: it may be negative
+    assert (scale < 0).any()  # raw: it may be negative
 
 
 class Fixed(nn.Module):
     """Stands for a layer whose output is known."""
+
     def __init__(self, y=None):
         super().__init__()
         self.y = y
@@ -114,10 +169,13 @@ def test_pixel_shuffle():
     """9.11: channel 2 c + p of frame t becomes channel c of frame 2 t + p; the skip repeats every frame."""
     block = v.DecoderBlock(v.Config(channels=2), up=2)
     block.first = block.adain_1 = block.adain_2 = Fixed()
-    block.second = Fixed(torch.arange(8.).view(1, 4, 2))
+    block.second = Fixed(torch.arange(8.0).view(1, 4, 2))
     assert block(torch.zeros(1, 2, 2), None)[0].tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]]
     block.second = Fixed(torch.zeros(1, 4, 2))
-    assert block(torch.tensor([[[1., 2.], [3., 4.]]]), None)[0].tolist() == [[1, 1, 2, 2], [3, 3, 4, 4]]
+    assert block(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), None)[0].tolist() == [
+        [1, 1, 2, 2],
+        [3, 3, 4, 4],
+    ]
 
 
 def test_decoder_in_plain_functions():
@@ -131,7 +189,11 @@ def test_decoder_in_plain_functions():
 
 def test_decoder_block_order():
     """Section 3: conv, AdaIN, ReLU, conv, shuffle, AdaIN, ReLU, then the skip, in plain functions."""
-    block, h, e = v.DecoderBlock(v.Config(channels=3, d_speaker=4), up=2), torch.randn(2, 3, 9), torch.randn(2, 4)
+    block, h, e = (
+        v.DecoderBlock(v.Config(channels=3, d_speaker=4), up=2),
+        torch.randn(2, 3, 9),
+        torch.randn(2, 4),
+    )
     shuffled = block.second(block.adain_1(block.first(h), e).clamp(min=0))
     y = torch.zeros(2, 3, 18)
     y[..., 0::2], y[..., 1::2] = shuffled[:, 0::2], shuffled[:, 1::2]
@@ -143,12 +205,16 @@ def test_trunk_in_plain_functions(norm):
     """Section 3: bank of ReLU'd convolutions with the raw input beside them, 1x1, blocks whose skip is added after the
     ReLU; with IN before every ReLU but the bank's, or nowhere."""
     net, x = tiny(instance_norm=norm).content, torch.randn(2, 37, 20)
-    tidy = lambda y: ((y - y.mean(-1, True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() if norm else y).relu()
+    tidy = lambda y: (
+        (y - y.mean(-1, True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        if norm
+        else y
+    ).relu()
     h = torch.cat([*(F.relu(conv(x.mT)) for conv in net.bank), x.mT], 1)
     h = tidy(net.mix[0](h))
     for i, block in enumerate(net.blocks):
         y = tidy(block[3](tidy(block[0](h))))
-        pairs = [h[..., t:t + 1 + i % 2].mean(-1) for t in range(0, h.shape[-1], 1 + i % 2)]
+        pairs = [h[..., t : t + 1 + i % 2].mean(-1) for t in range(0, h.shape[-1], 1 + i % 2)]
         h = y + torch.stack(pairs, -1)
     close(net.trunk(x), h, 1e-4)
     mu, log_var = net(x)
@@ -222,11 +288,18 @@ def test_biases_before_a_norm_are_dead():
     mu, log_var = model.content(x)
     y = model.decode(mu + (log_var / 2).exp() * torch.randn_like(mu), model.speaker(x), 64)
     (y - x).abs().mean().backward()
-    dead = [model.content.mix[0], model.decoder.enter[0], *(block.first for block in model.decoder.blocks)]
+    dead = [
+        model.content.mix[0],
+        model.decoder.enter[0],
+        *(block.first for block in model.decoder.blocks),
+    ]
     dead += [conv for block in model.content.blocks for conv in (block[0], block[3])]
     dead += [block.second for block in model.decoder.blocks if block.up == 1]
     assert max(conv.bias.grad.abs().max() for conv in dead) < 1e-14
-    alive = [block.second for block in model.decoder.blocks if block.up == 2] + [model.decoder.leave, *model.content.bank]
+    alive = [block.second for block in model.decoder.blocks if block.up == 2] + [
+        model.decoder.leave,
+        *model.content.bank,
+    ]
     assert min(conv.bias.grad.abs().max() for conv in alive) > 1e-7
     assert all(p.grad.abs().max() > 0 for p in model.speaker.parameters())
 
@@ -235,7 +308,9 @@ def test_speaker_embedding_hardly_knows_the_order():
     """9.7: said twice it is nearly the same, edges aside; said backwards it is not."""
     net, x = tiny(channels=64).speaker, torch.randn(1, 128, 20).cumsum(1) / 8
     twice, back = net(torch.cat([x, x], 1)), net(x.flip(1))
-    center = net(torch.randn(50, 128, 20).cumsum(1) / 8).mean(0)         # most of an embedding is its biases
+    center = net(torch.randn(50, 128, 20).cumsum(1) / 8).mean(
+        0
+    )  # most of an embedding is its biases
     assert differ(twice - center, net(x) - center) < differ(back - center, net(x) - center) / 2
 
 
@@ -265,7 +340,9 @@ def test_lengths_in_samples(n):
     out = v.convert(model, [wave, wave], [0.1 * torch.randn(777), None], model.cfg)
     assert [w.shape for w in out] == [(n,), (n,)] and all(w.isfinite().all() for w in out)
     known = v.represent(model, wave, model.cfg)
-    assert known["content"].shape == (max(3, math.ceil((1 + n // 80) / 4)), 6) and known["speaker"].shape == (12,)
+    assert known["content"].shape == (max(3, math.ceil((1 + n // 80) / 4)), 6) and known[
+        "speaker"
+    ].shape == (12,)
 
 
 def test_the_first_frames_are_kept():
@@ -281,8 +358,12 @@ def test_decibels_against_numpy():
     y = wave.double().numpy().copy()
     y[1:] -= 0.97 * y[:-1].copy()
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1200) / 1200)
-    frame = np.pad(y, 1200)[1200 + 10 * 300 - 600:][:1200] * window          # frame 10 is centred on sample 3000
-    mel = np.abs(np.fft.rfft(frame, 2048)) @ v.mel_filters(cfg, torch.device("cpu")).double().numpy()
+    frame = (
+        np.pad(y, 1200)[1200 + 10 * 300 - 600 :][:1200] * window
+    )  # frame 10 is centred on sample 3000
+    mel = (
+        np.abs(np.fft.rfft(frame, 2048)) @ v.mel_filters(cfg, torch.device("cpu")).double().numpy()
+    )
     expected = np.clip((20 * np.log10(np.maximum(1e-5, mel)) - 20 + 100) / 100, 1e-8, 1)
     close(v.decibels(wave[None], cfg)[0, 10], expected, 1e-4)
     close(v.decibels(torch.zeros(1, 900), cfg), torch.full((1, 4, 512), 1e-8), 0)
@@ -292,7 +373,7 @@ def test_decibels_against_numpy():
 def test_decibels_at_the_edges():
     """The first sample has none before it; the others are emphasised alike wherever they are."""
     cfg, wave = v.Config(), torch.zeros(1, 9000)
-    wave[0, -1] = 0.5                                                    # the last one is not before the first
+    wave[0, -1] = 0.5  # the last one is not before the first
     close(v.decibels(wave, cfg)[0, 0], torch.full((512,), 1e-8), 0)
     y = torch.zeros(1, 9000)
     y[0, 300] = 0.5
@@ -322,9 +403,9 @@ def test_vocode_magnitude_by_hand(monkeypatch):
     model.mean.uniform_(), model.std.uniform_(0.5, 2)
     monkeypatch.setattr(v, "griffin_lim", lambda magnitude, cfg: magnitude)
     mel = 10 ** (5 * (x * model.std + model.mean).clamp(0, 1) - 4)
-    gain = (1 + 0.97 ** 2 - 2 * 0.97 * torch.linspace(0, math.pi, 129).cos()).sqrt()
-    y = model.vocode(x, 129) * gain                                          # as many "samples" as there are bins
-    assert torch.equal(y[:, 9], y[:, 8])                                     # a frame more, for N samples
+    gain = (1 + 0.97**2 - 2 * 0.97 * torch.linspace(0, math.pi, 129).cos()).sqrt()
+    y = model.vocode(x, 129) * gain  # as many "samples" as there are bins
+    assert torch.equal(y[:, 9], y[:, 8])  # a frame more, for N samples
     close(y[:, :9], v.mel_to_magnitude(mel, model.cfg), 1e-4)
 
 
@@ -342,7 +423,7 @@ def test_prepare_standardises_the_training_set():
 def test_prepare_weighs_frames_and_takes_training_utterances_only(monkeypatch):
     """Long utterances count for more, and 5000 are enough."""
     model, waves = tiny(), tones(5)
-    corpus = SimpleNamespace(train=np.arange(3), wave=lambda u: waves[u][:4000 - 1500 * int(u)])
+    corpus = SimpleNamespace(train=np.arange(3), wave=lambda u: waves[u][: 4000 - 1500 * int(u)])
     v.prepare(model, corpus, model.cfg)
     x = torch.cat([model.features(corpus.wave(u)[None])[0] for u in range(3)])
     close(x.mean(0), torch.zeros(20), 1e-4), close(x.std(0, correction=0), torch.ones(20), 1e-3)
@@ -358,8 +439,9 @@ def test_kl_values():
     kl = lambda mu, var: v.kl_to_normal(torch.tensor(mu), torch.tensor(var).log()).item()
     close(kl(0.0, 1.0), 0.0), close(kl(1.0, 1.0), 0.5), close(kl(0.0, 4.0), 0.8069, 1e-4)
     mu, log_var = torch.randn(2, 3, 4, 5)
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (log_var / 2).exp()),
-                                                 torch.distributions.Normal(0.0, 1.0))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (log_var / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    )
     close(v.kl_to_normal(mu, log_var), expected, 1e-5)
 
 
@@ -384,7 +466,9 @@ def test_train_step_draws_anew_and_forgets_old_gradients(monkeypatch):
     """Every step has its own batch; what .grad held before makes no difference."""
     cfg, corpus, steps, grads = v.Config(**TINY), corpus_of(tones(6)), [], []
     draw = v.get_batch
-    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step: (steps.append(step), draw(corpus, cfg, step))[1])
+    monkeypatch.setattr(
+        v, "get_batch", lambda corpus, cfg, step: (steps.append(step), draw(corpus, cfg, step))[1]
+    )
     for old in (0, 1):
         torch.manual_seed(1)
         model = v.Model(cfg, 3)
@@ -398,7 +482,7 @@ def test_train_step_draws_anew_and_forgets_old_gradients(monkeypatch):
 def test_train_step_by_hand():
     """10 L1 + w KL of one segment in both encoders, with z = mu + exp(log_var / 2) eps; one step of Adam with amsgrad on
     the gradient clipped to 5 over all parameters."""
-    cfg = v.Config(**TINY | dict(l1=1000.0, kl_steps=4))                 # l1: so that clipping has something to do
+    cfg = v.Config(**TINY | dict(l1=1000.0, kl_steps=4))  # l1: so that clipping has something to do
     model, other, corpus = v.Model(cfg, 3), v.Model(cfg, 3), corpus_of(tones(6))
     v.prepare(model, corpus, cfg)
     other.load_state_dict(model.state_dict())
@@ -408,18 +492,28 @@ def test_train_step_by_hand():
     x = other.features(v.get_batch(corpus, cfg, 0)["wave"])[:, :32]
     mu, log_var = other.content(x)
     y = other.decoder(mu + torch.randn_like(mu) * (log_var / 2).exp(), other.speaker(x))[:, :32]
-    l1, kl = (y - x).abs().mean(), (log_var.exp() + mu ** 2 - 1 - log_var).mean() / 2
-    close(log["l1"], l1, 1e-5), close(log["kl"], kl, 1e-5), close(log["loss"], 1000 * l1 + kl / 4, 1e-5)
+    l1, kl = (y - x).abs().mean(), (log_var.exp() + mu**2 - 1 - log_var).mean() / 2
+    (
+        close(log["l1"], l1, 1e-5),
+        close(log["kl"], kl, 1e-5),
+        close(log["loss"], 1000 * l1 + kl / 4, 1e-5),
+    )
     (1000 * l1 + kl / 4).backward()
     norm = torch.stack([p.grad.norm() for p in other.parameters()]).norm()
     assert norm > 10
-    optimizer = torch.optim.Adam(other.parameters(), 2e-3, betas=(0.9, 0.999), weight_decay=1e-4, amsgrad=True)
+    optimizer = torch.optim.Adam(
+        other.parameters(), 2e-3, betas=(0.9, 0.999), weight_decay=1e-4, amsgrad=True
+    )
     for p in other.parameters():
         p.grad.mul_(5 / norm)
     optimizer.step()
-    for (name, a), b, before in zip(model.named_parameters(), other.parameters(), other.parameters()):
+    for (name, a), b, before in zip(
+        model.named_parameters(), other.parameters(), other.parameters()
+    ):
         close(a.grad, b.grad, 1e-4)
-        torch.testing.assert_close(a[b.grad.abs() > 1e-4], b[b.grad.abs() > 1e-4], atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(
+            a[b.grad.abs() > 1e-4], b[b.grad.abs() > 1e-4], atol=1e-5, rtol=0, msg=name
+        )
 
 
 @pytest.mark.parametrize("level", [0.0, 3e-5])
@@ -431,7 +525,7 @@ def test_a_silent_segment_gives_way(level):
     chosen = v.get_batch(corpus, cfg, 0)["utterance"]
     waves[chosen[2]] = level * torch.randn(2560)
     quiet, waves = corpus_of(waves), waves.clone()
-    waves[chosen[2]] = waves[chosen[0]]                                  # the first that is heard
+    waves[chosen[2]] = waves[chosen[0]]  # the first that is heard
     grads = []
     for corpus in (quiet, corpus_of(waves)):
         torch.manual_seed(1)
@@ -440,7 +534,7 @@ def test_a_silent_segment_gives_way(level):
         v.train_step(net, v.make_optimizers(net, cfg), corpus, 0, cfg)
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert torch.equal(*grads) and grads[0].norm() > 0.1
-    everything = corpus_of(torch.zeros(6, 2560))                         # then no other can be had
+    everything = corpus_of(torch.zeros(6, 2560))  # then no other can be had
     assert v.train_step(net, v.make_optimizers(net, cfg), everything, 0, cfg)["loss"].isfinite()
 
 
@@ -450,18 +544,33 @@ def test_any_number_of_blocks(blocks):
     model, x = tiny(blocks=blocks, bank=9), torch.randn(1, 7, 20)
     z = model.content(x)[0]
     assert model.decoder(z, model.speaker(x)).shape[1] == z.shape[1] * 2 ** (blocks // 2) >= 7
-    assert [b.up for b in model.decoder.blocks] == [b[3].stride[0] for b in model.content.blocks][::-1]
+    assert [b.up for b in model.decoder.blocks] == [b[3].stride[0] for b in model.content.blocks][
+        ::-1
+    ]
 
 
 def test_defaults_are_the_authors():
     """Sections 4 and 5."""
     c = v.Config()
-    assert (c.l1, c.kl, c.clip, c.kl_steps, c.batch_size, c.steps, c.crop // c.hop) == (10, 1, 5, 20_000, 128, 500_000, 128)
+    assert (c.l1, c.kl, c.clip, c.kl_steps, c.batch_size, c.steps, c.crop // c.hop) == (
+        10,
+        1,
+        5,
+        20_000,
+        128,
+        500_000,
+        128,
+    )
 
 
 def test_optimizer_is_the_authors():
     defaults = v.make_optimizers(tiny(), v.Config())["autoencoder"].defaults
-    assert (defaults["lr"], defaults["betas"], defaults["amsgrad"], defaults["weight_decay"]) == (5e-4, (0.9, 0.999), True, 1e-4)
+    assert (defaults["lr"], defaults["betas"], defaults["amsgrad"], defaults["weight_decay"]) == (
+        5e-4,
+        (0.9, 0.999),
+        True,
+        1e-4,
+    )
 
 
 def test_weight_decay_is_in_the_gradient():
@@ -492,37 +601,49 @@ def test_inference_is_the_decoder_of_the_means():
     model, wave, target = tiny(), tones(1)[0], tones(2)[1][:3000]
     model.mean.fill_(0.4), model.std.fill_(0.2)
     x = model.features(wave[None])
-    as_of = lambda e: model.vocode(model.decoder(model.content(x)[0], e)[:, :x.shape[1]], len(wave))[0]
+    as_of = lambda e: model.vocode(
+        model.decoder(model.content(x)[0], e)[:, : x.shape[1]], len(wave)
+    )[0]
     a, b = (v.convert(model, [wave], [target], model.cfg)[0] for _ in range(2))
     assert torch.equal(a, b) and torch.equal(a, as_of(model.speaker(model.features(target[None]))))
     own = as_of(model.speaker(x))
-    assert torch.equal(v.convert(model, [wave], [None], model.cfg)[0], own) and not torch.equal(own, a)
+    assert torch.equal(v.convert(model, [wave], [None], model.cfg)[0], own) and not torch.equal(
+        own, a
+    )
     corpus, losses = corpus_of(tones(6)), []
     for seed in (1, 2, 2):
         torch.manual_seed(seed)
         still, cfg = tiny(), model.cfg
         still.load_state_dict(model.state_dict())
         losses.append(v.train_step(still, v.make_optimizers(still, cfg), corpus, 0, cfg)["l1"])
-    assert losses[0] != losses[1] == losses[2]                           # the noise is drawn, and drawn alone
+    assert losses[0] != losses[1] == losses[2]  # the noise is drawn, and drawn alone
 
 
 def test_represent_gives_the_means():
     model, wave = tiny(), tones(1)[0]
     x, known = model.features(wave[None]), v.represent(model, wave, model.cfg)
-    assert torch.equal(known["content"], model.content(x)[0][0]) and torch.equal(known["speaker"], model.speaker(x)[0])
+    assert torch.equal(known["content"], model.content(x)[0][0]) and torch.equal(
+        known["speaker"], model.speaker(x)[0]
+    )
 
 
 def test_inference_tracks_no_gradient():
     """Nobody wants to write no_grad around it."""
     model, wave = tiny(), tones(1)[0]
-    out = [*v.represent(model, wave, model.cfg).values(), *v.convert(model, [wave], [None], model.cfg)]
+    out = [
+        *v.represent(model, wave, model.cfg).values(),
+        *v.convert(model, [wave], [None], model.cfg),
+    ]
     assert not any(y.requires_grad for y in out)
 
 
 def test_several_targets_are_averaged():
     """U2: of two joined recordings the trunk's average is that of both, edges aside."""
     net, (a, b) = tiny().speaker, torch.randn(2, 1, 200, 20)
-    joined, mean = net.trunk(torch.cat([a, b], 1)).mean(-1), (net.trunk(a).mean(-1) + net.trunk(b).mean(-1)) / 2
+    joined, mean = (
+        net.trunk(torch.cat([a, b], 1)).mean(-1),
+        (net.trunk(a).mean(-1) + net.trunk(b).mean(-1)) / 2,
+    )
     assert differ(joined, mean) < 0.02 < differ(net.trunk(a).mean(-1), mean) * 5
 
 
@@ -532,9 +653,13 @@ def test_sample_takes_the_right_utterances(tmp_path, monkeypatch):
     model, pool, grid = tiny(probe=4), corpus_of(tones(13), np.arange(13) % 5), {}
     pool.held, pool.train, pool.speakers = np.arange(1, 13), None, list("edcba")
     v.prepare(model, SimpleNamespace(train=range(13), wave=pool.wave), model.cfg)
-    monkeypatch.setattr(v, "write_audio", lambda path, *rest: grid.update({path.name: (*rest, torch.is_grad_enabled())}))
+    monkeypatch.setattr(
+        v,
+        "write_audio",
+        lambda path, *rest: grid.update({path.name: (*rest, torch.is_grad_enabled())}),
+    )
     metrics = v.sample(model, SimpleNamespace(test=pool), model.cfg, tmp_path)
-    assert set(grid) == {f"grid_{a}_as_{b}.wav" for a in "dcba" for b in "dcba"}             # e comes fifth
+    assert set(grid) == {f"grid_{a}_as_{b}.wav" for a in "dcba" for b in "dcba"}  # e comes fifth
     for name, s, t in ("d_as_c", 1, 12), ("a_as_d", 4, 11):
         wave, rate, tracked = grid[f"grid_{name}.wav"]
         assert torch.equal(wave, v.convert(model, [pool.wave(s)], [pool.wave(t)], model.cfg)[0])
@@ -543,11 +668,16 @@ def test_sample_takes_the_right_utterances(tmp_path, monkeypatch):
     for u in range(1, 5):
         x = model.features(pool.wave(u)[None])
         kl += v.kl_to_normal(*model.content(x)).mean() / 4
-        for name, ok in (("own", lambda w: w == u), ("same_speaker", lambda w: w != u and w % 5 == u % 5),
-                         ("another_speaker", lambda w: w % 5 != u % 5)):
+        for name, ok in (
+            ("own", lambda w: w == u),
+            ("same_speaker", lambda w: w != u and w % 5 == u % 5),
+            ("another_speaker", lambda w: w % 5 != u % 5),
+        ):
             ws = [w for w in range(1, 13) if ok(w)]
             e = model.speaker(model.features(pool.wave(ws[u % len(ws)])[None]))
-            expected[name] += (model.decode(model.content(x)[0], e, x.shape[1]) - x).abs().mean().item() / 4
+            expected[name] += (
+                model.decode(model.content(x)[0], e, x.shape[1]) - x
+            ).abs().mean().item() / 4
     for name in expected:
         close(metrics["l1"][name], expected[name], 1e-5)
     close(metrics["kl"], kl, 1e-6)
@@ -592,7 +722,9 @@ def test_a_tenth_of_the_toy_run(toy_folder, monkeypatch):
     monkeypatch.chdir(toy_folder)
     known = {}
     for norm in (True, False):
-        cfg = v.Config(**v.TOY | dict(steps=150, kl_steps=38, probe=400, device="cpu", instance_norm=norm))
+        cfg = v.Config(
+            **v.TOY | dict(steps=150, kl_steps=38, probe=400, device="cpu", instance_norm=norm)
+        )
         corpus = v.load_corpus(cfg)
         torch.manual_seed(0)
         model = v.Model(cfg, corpus.known)
@@ -603,4 +735,6 @@ def test_a_tenth_of_the_toy_run(toy_folder, monkeypatch):
         known[norm] = v.evaluate(model.eval(), corpus, cfg)["representations"]
     assert known[True]["content"]["speaker"] + 0.3 < known[False]["content"]["speaker"], known
     assert known[True]["content"]["phone"] > known[True]["content untrained"]["phone"] + 0.05, known
-    assert known[True]["speaker"]["speaker"] > 0.9 and known[True]["speaker"]["phone"] is None, known
+    assert known[True]["speaker"]["speaker"] > 0.9 and known[True]["speaker"]["phone"] is None, (
+        known
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Checks of the method in cpc.py: numbers worked out by hand, exact identities, naive loops, which step moves what, and one
 short run."""
+
 import copy
 import io
 import itertools
@@ -20,9 +21,27 @@ import torch.nn.functional as F
 import cpc as v
 
 torch.set_num_threads(1)
-TINY = dict(sample_rate=8000, n_fft=256, win=256, hop=80, n_mels=20, crop=3200, batch_size=4, channels=16, d_context=12,
-            prediction_steps=3, units=6, d_embedding=8, hidden=16, blocks=2, steps=10, cpc_share=0.5, lr=2e-3, device="cpu",
-            score_scale=0.25)
+TINY = dict(
+    sample_rate=8000,
+    n_fft=256,
+    win=256,
+    hop=80,
+    n_mels=20,
+    crop=3200,
+    batch_size=4,
+    channels=16,
+    d_context=12,
+    prediction_steps=3,
+    units=6,
+    d_embedding=8,
+    hidden=16,
+    blocks=2,
+    steps=10,
+    cpc_share=0.5,
+    lr=2e-3,
+    device="cpu",
+    score_scale=0.25,
+)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -32,19 +51,31 @@ def seed():
 
 
 def close(x, y, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y).to(torch.as_tensor(x).dtype),
-                               atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(x),
+        torch.as_tensor(y).to(torch.as_tensor(x).dtype),
+        atol=tolerance,
+        rtol=tolerance,
+    )
 
 
 def corpus_of(waves, speaker):
     """What the method needs of a Corpus: waves of any lengths, all of them training and held-out utterances."""
     length = np.array([len(w) for w in waves])
     audio = (torch.cat(list(waves)) * 32768).round().clamp(-32768, 32767).short()
-    c = SimpleNamespace(train=np.arange(len(waves)), held=np.arange(len(waves)), length=length, audio=audio, seconds=0.0,
-                        start=length.cumsum() - length, speaker=np.array(speaker), known=len(set(speaker)),
-                        speakers=[f"s{i}" for i in sorted(set(speaker))],
-                        paths=[v.Path(f"u{i}.wav") for i in range(len(waves))])
-    c.wave = lambda u: c.audio[c.start[u]:c.start[u] + c.length[u]].float() / 32768
+    c = SimpleNamespace(
+        train=np.arange(len(waves)),
+        held=np.arange(len(waves)),
+        length=length,
+        audio=audio,
+        seconds=0.0,
+        start=length.cumsum() - length,
+        speaker=np.array(speaker),
+        known=len(set(speaker)),
+        speakers=[f"s{i}" for i in sorted(set(speaker))],
+        paths=[v.Path(f"u{i}.wav") for i in range(len(waves))],
+    )
+    c.wave = lambda u: c.audio[c.start[u] : c.start[u] + c.length[u]].float() / 32768
     c.test = c
     return c
 
@@ -63,8 +94,8 @@ def corpus():
     torch.manual_seed(1)
     waves = []
     for s, u in itertools.product(range(3), range(4)):
-        wave = tone(100 * 1.4 ** s * (1 + 0.05 * u), 0.5 + 0.05 * u)
-        wave[len(wave) // 2:] = 0.03 * torch.randn(len(wave) - len(wave) // 2)
+        wave = tone(100 * 1.4**s * (1 + 0.05 * u), 0.5 + 0.05 * u)
+        wave[len(wave) // 2 :] = 0.03 * torch.randn(len(wave) - len(wave) // 2)
         waves.append(wave)
     return corpus_of(waves, np.repeat(np.arange(3), 4))
 
@@ -93,16 +124,33 @@ def linear(matrix):
 def test_parameters_of_the_paper():
     model, cfg = v.Model(v.Config(norm="none"), 20), v.Config()
     count = lambda *nets: sum(p.numel() for net in nets for p in net.parameters())
-    assert [count(net) for net in (model.encoder, model.context, model.predictors)] == [5_250_560, 591_360, 1_572_864]
+    assert [count(net) for net in (model.encoder, model.context, model.predictors)] == [
+        5_250_560,
+        591_360,
+        1_572_864,
+    ]
     assert count(model.encoder, model.context, model.predictors) == 7_414_784
     assert count(v.Model(cfg, 20).encoder) == 5_250_560 + 5 * 2 * 512
-    assert [(c.kernel_size, c.stride) for c in model.encoder if isinstance(c, nn.Conv1d)] == \
-        [((10,), (5,)), ((8,), (4,)), ((4,), (2,)), ((4,), (2,)), ((4,), (2,))]
-    assert (cfg.sample_rate, cfg.crop, cfg.batch_size, cfg.lr, cfg.prediction_steps) == (16000, 20480, 8, 2e-4, 12)
-    assert (cfg.units, cfg.f0_tokens, cfg.d_embedding) == (100, 20, 128) and cfg.hop == math.prod(v.STRIDES) == 160
-    close(cfg.score_scale, 512 ** -0.5, 3e-3)
+    assert [(c.kernel_size, c.stride) for c in model.encoder if isinstance(c, nn.Conv1d)] == [
+        ((10,), (5,)),
+        ((8,), (4,)),
+        ((4,), (2,)),
+        ((4,), (2,)),
+        ((4,), (2,)),
+    ]
+    assert (cfg.sample_rate, cfg.crop, cfg.batch_size, cfg.lr, cfg.prediction_steps) == (
+        16000,
+        20480,
+        8,
+        2e-4,
+        12,
+    )
+    assert (cfg.units, cfg.f0_tokens, cfg.d_embedding) == (100, 20, 128) and cfg.hop == math.prod(
+        v.STRIDES
+    ) == 160
+    close(cfg.score_scale, 512**-0.5, 3e-3)
     toy = v.Config(**v.TOY)
-    close(toy.score_scale, toy.channels ** -0.5)
+    close(toy.score_scale, toy.channels**-0.5)
 
 
 @pytest.mark.parametrize("samples", [20480, 16000, 10240, 160, 319, 320, 1000, 12345])
@@ -120,9 +168,15 @@ def test_hop_is_the_product_of_the_strides(hop, layers):
     assert encoder(torch.randn(1, 960)).shape == (1, 960 // hop, 4)
 
 
-@pytest.mark.parametrize("options, words", [(dict(hop=100), "--hop 100"), (dict(crop=2080), "--crop 2080: 13 frames"),
-                                            (dict(cpc_share=1.2), "--cpc-share 1.2"),
-                                            (dict(negatives="other-sequences", batch_size=1), "--batch-size 1")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(hop=100), "--hop 100"),
+        (dict(crop=2080), "--crop 2080: 13 frames"),
+        (dict(cpc_share=1.2), "--cpc-share 1.2"),
+        (dict(negatives="other-sequences", batch_size=1), "--batch-size 1"),
+    ],
+)
 def test_sizes_that_cannot_be(options, words):
     with pytest.raises(v.UserError, match=words):
         v.Model(v.Config(channels=4, d_context=4, **options), 2)
@@ -131,9 +185,14 @@ def test_sizes_that_cannot_be(options, words):
 @pytest.mark.parametrize("norm", ["channel", "none"])
 def test_what_a_frame_sees(norm):
     """z_t sees samples 160 t - 153 to 160 t + 311, 465 of them."""
-    encoder, wave = v.Encoder(v.Config(channels=8, norm=norm)), torch.randn(1, 4800, requires_grad=True)
+    encoder, wave = (
+        v.Encoder(v.Config(channels=8, norm=norm)),
+        torch.randn(1, 4800, requires_grad=True),
+    )
     for t in (5, 17):
-        seen = torch.autograd.grad(encoder(wave)[0, t].square().sum(), wave)[0][0].nonzero().flatten()
+        seen = (
+            torch.autograd.grad(encoder(wave)[0, t].square().sum(), wave)[0][0].nonzero().flatten()
+        )
         assert (seen.min(), seen.max()) == (160 * t - 153, 160 * t + 311)
 
 
@@ -143,7 +202,7 @@ def test_context_is_causal(norm):
     model = v.Model(v.Config(channels=16, d_context=8, norm=norm), 2).train()
     a = torch.randn(2, 20480)
     b = torch.cat([a[:, :8000], torch.randn(2, 12480)], 1)
-    for x, y in zip(model(a), model(b)):                                     # z, then c
+    for x, y in zip(model(a), model(b)):  # z, then c
         assert torch.equal(x[:, :49], y[:, :49]) and (x[:, 49:] != y[:, 49:]).any(2).all()
 
 
@@ -161,9 +220,13 @@ def test_batch_norm_would_leak():
 def test_channel_norm_by_hand():
     norm, x = v.ChannelNorm(5), 3 * torch.randn(2, 5, 7) + 1
     nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias)
-    expected = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    expected = (x - x.mean(1, keepdim=True)) / (
+        x.var(1, keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
     close(norm(x), expected * norm.weight[:, None] + norm.bias[:, None], 1e-5)
-    assert not any(isinstance(layer, v.ChannelNorm) for layer in v.Encoder(v.Config(channels=4, norm="none")))
+    assert not any(
+        isinstance(layer, v.ChannelNorm) for layer in v.Encoder(v.Config(channels=4, norm="none"))
+    )
 
 
 def test_layers_in_order():
@@ -186,8 +249,13 @@ def test_a_clip_shorter_than_a_hop(samples, corpus):
     """Is one frame, everywhere; a folder may hold such a file."""
     model, _, cfg = started(corpus)
     wave = 0.1 * torch.randn(1, samples)
-    assert model(wave)[1].shape == (1, 1, 12) and model.units(wave).shape == model.f0(wave).shape == (1, 1)
-    assert model.features(wave).shape == (1, 1, 20) and len(v.convert(model, [wave[0]], [1], cfg)[0]) == samples
+    assert model(wave)[1].shape == (1, 1, 12) and model.units(wave).shape == model.f0(
+        wave
+    ).shape == (1, 1)
+    assert (
+        model.features(wave).shape == (1, 1, 20)
+        and len(v.convert(model, [wave[0]], [1], cfg)[0]) == samples
+    )
     started(corpus_of([wave[0], tone(100), tone(200)], [0, 0, 1]))
 
 
@@ -198,7 +266,9 @@ def test_decoder_is_residual():
     for block in decoder.blocks:
         nn.init.zeros_(block[3].weight), nn.init.zeros_(block[3].bias)
     units, f0, s = torch.randint(6, (2, 9)), torch.randint(20, (2, 9)), torch.tensor([0, 2])
-    x = torch.cat([decoder.unit(units), decoder.f0(f0), decoder.speaker(s)[:, None].repeat(1, 9, 1)], 2)
+    x = torch.cat(
+        [decoder.unit(units), decoder.f0(f0), decoder.speaker(s)[:, None].repeat(1, 9, 1)], 2
+    )
     close(decoder(units, f0, s), decoder.leave(decoder.enter(x.mT)).mT)
 
 
@@ -211,18 +281,27 @@ def test_decoder_sees_what_it_is_told():
     assert mel.shape == (1, 60, 20)
     for change in ("units", "f0"):
         u, f = units.clone(), f0.clone()
-        (u if change == "units" else f)[0, 30] += -1 if (u if change == "units" else f)[0, 30] else 1
+        (u if change == "units" else f)[0, 30] += (
+            -1 if (u if change == "units" else f)[0, 30] else 1
+        )
         moved = (decoder(u, f, s) != mel).any(2)[0].nonzero().flatten()
         assert (moved.min(), moved.max()) == (30 - reach, 30 + reach)
     assert (decoder(units, f0, torch.tensor([2])) != mel).any(2).all()
 
 
 # -------------------- InfoNCE --------------------
-@pytest.mark.parametrize("negatives, N", [("batch", 348), ("same-speaker", 348), ("sequence", 116), ("other-sequences", 233)])
+@pytest.mark.parametrize(
+    "negatives, N",
+    [("batch", 348), ("same-speaker", 348), ("sequence", 116), ("other-sequences", 233)],
+)
 def test_without_a_prediction_the_loss_is_log_n(negatives, N):
     """B = 3, 128 frames, K = 12: 116 contexts a sequence."""
-    loss, candidates = v.info_nce(torch.randn(3, 128, 8), torch.randn(3, 128, 6), linear(torch.zeros(96, 6)),
-                                  config(prediction_steps=12, negatives=negatives))
+    loss, candidates = v.info_nce(
+        torch.randn(3, 128, 8),
+        torch.randn(3, 128, 6),
+        linear(torch.zeros(96, 6)),
+        config(prediction_steps=12, negatives=negatives),
+    )
     assert candidates == N and loss.shape == (12,)
     close(loss, torch.full((12,), math.log(N)))
     assert N != 348 or abs(loss[0] - 5.852202) < 1e-5
@@ -231,17 +310,23 @@ def test_without_a_prediction_the_loss_is_log_n(negatives, N):
 def test_info_nce_by_hand():
     """Prediction (1, 2), candidates (1, 0), (0, 1), (2, 2), the third is right: log(1 + e^-5 + e^-4). Two contexts of
     zeros beside it, which cost log 3 each."""
-    z = torch.tensor([[[9., 9.], [1, 0], [0, 1], [2, 2]]])
-    c = torch.tensor([[[0., 0.], [0, 0], [1, 2], [7, 7]]])
+    z = torch.tensor([[[9.0, 9.0], [1, 0], [0, 1], [2, 2]]])
+    c = torch.tensor([[[0.0, 0.0], [0, 0], [1, 2], [7, 7]]])
     loss, N = v.info_nce(z, c, linear(torch.eye(2)), config())
     close(loss, [(0.0247449 + 2 * math.log(3)) / 3])
-    close(loss, F.cross_entropy(torch.tensor([[0., 0, 0], [0, 0, 0], [1, 2, 6]]), torch.arange(3))[None])
+    close(
+        loss,
+        F.cross_entropy(torch.tensor([[0.0, 0, 0], [0, 0, 0], [1, 2, 6]]), torch.arange(3))[None],
+    )
     assert N == 3
 
 
 def test_softmax_is_over_candidates():
     """Scores ((3, 1), (2, 0)), row: context. Over candidates 1.126928; over contexts, the transposed loss, 0.813262."""
-    z, c = torch.tensor([[[5., 5.], [1, 0], [0, 1]]]), torch.tensor([[[3., 1.], [2, 0], [5, 5]]])
+    z, c = (
+        torch.tensor([[[5.0, 5.0], [1, 0], [0, 1]]]),
+        torch.tensor([[[3.0, 1.0], [2, 0], [5, 5]]]),
+    )
     close(v.info_nce(z, c, linear(torch.eye(2)), config())[0], [1.126928], 1e-5)
 
 
@@ -250,7 +335,7 @@ def test_offsets(late):
     """z_t and c_t say t, W_k moves t by k (+ late): certain where late is 0, and surely wrong otherwise. k = 1 is the next
     frame, not the present one."""
     T, K = 10, 4
-    W = torch.cat([torch.eye(T).roll(k + late, 0) * 50 for k in range(1, K + 1)])        # (K T, T)
+    W = torch.cat([torch.eye(T).roll(k + late, 0) * 50 for k in range(1, K + 1)])  # (K T, T)
     x = torch.eye(T)[None]
     loss, _ = v.info_nce(x, x, linear(W), config(prediction_steps=K))
     assert (loss < 1e-6).all() if late == 0 else (loss > 40).all()
@@ -262,12 +347,21 @@ def test_info_nce_against_a_loop(negatives):
     z, c, W = torch.randn(B, T, C), torch.randn(B, T, D), torch.randn(K, C, D)
     S, total = T - K, torch.zeros(K)
     for k, b, t in itertools.product(range(1, K + 1), range(B), range(S)):
-        candidates = [(i, j + k) for i in range(B) for j in range(S)
-                      if (i, j) == (b, t) or {"sequence": i == b, "other-sequences": i != b}.get(negatives, True)]
+        candidates = [
+            (i, j + k)
+            for i in range(B)
+            for j in range(S)
+            if (i, j) == (b, t)
+            or {"sequence": i == b, "other-sequences": i != b}.get(negatives, True)
+        ]
         scores = torch.stack([0.3 * z[i, j] @ W[k - 1] @ c[b, t] for i, j in candidates])
         total[k - 1] -= scores.log_softmax(0)[candidates.index((b, t + k))] / (B * S)
-    loss, N = v.info_nce(z, c, linear(W.flatten(0, 1)),
-                         config(prediction_steps=K, negatives=negatives, score_scale=0.3))
+    loss, N = v.info_nce(
+        z,
+        c,
+        linear(W.flatten(0, 1)),
+        config(prediction_steps=K, negatives=negatives, score_scale=0.3),
+    )
     close(loss, total, 1e-5)
     assert N == len(candidates)
 
@@ -277,20 +371,27 @@ def test_mutual_information():
     rho = 0.9, and close. log p(y | x) / p(y) is bilinear in (y, y^2) and (x, 1), but for terms of x alone."""
     rho, N, B = 0.9, 128, 150
     x = torch.randn(B, N)
-    y = rho * x + math.sqrt(1 - rho ** 2) * torch.randn(B, N)
-    z = F.pad(torch.stack([y, y ** 2], 2), (0, 0, 1, 0))                     # y_t stands one frame later
+    y = rho * x + math.sqrt(1 - rho**2) * torch.randn(B, N)
+    z = F.pad(torch.stack([y, y**2], 2), (0, 0, 1, 0))  # y_t stands one frame later
     c = F.pad(torch.stack([x, torch.ones_like(x)], 2), (0, 0, 0, 1))
-    W = torch.diag(torch.tensor([rho, -rho ** 2 / 2]) / (1 - rho ** 2))
+    W = torch.diag(torch.tensor([rho, -(rho**2) / 2]) / (1 - rho**2))
     loss, candidates = v.info_nce(z, c, linear(W), config(negatives="sequence"))
     assert candidates == N and 0.80 < math.log(N) - loss.item() < 0.8304
-    rho = 1 - 1e-5                                                           # 5.4 nats, of which log 8 can show
-    y = rho * x + math.sqrt(1 - rho ** 2) * torch.randn(B, N)
-    z = F.pad(torch.stack([y, y ** 2], 2), (0, 0, 1, 0)).double()
-    W = torch.diag(torch.tensor([rho, -rho ** 2 / 2], dtype=torch.float64) / (1 - rho ** 2))
+    rho = 1 - 1e-5  # 5.4 nats, of which log 8 can show
+    y = rho * x + math.sqrt(1 - rho**2) * torch.randn(B, N)
+    z = F.pad(torch.stack([y, y**2], 2), (0, 0, 1, 0)).double()
+    W = torch.diag(torch.tensor([rho, -(rho**2) / 2], dtype=torch.float64) / (1 - rho**2))
     layer = nn.Linear(2, 2, bias=False).double()
     layer.weight.data.copy_(W)
-    parts = [v.info_nce(z[:, i:i + 9], F.pad(c[:, i:i + 8].double(), (0, 0, 0, 1)), layer, config(negatives="sequence"))[0]
-             for i in range(0, 80, 8)]
+    parts = [
+        v.info_nce(
+            z[:, i : i + 9],
+            F.pad(c[:, i : i + 8].double(), (0, 0, 0, 1)),
+            layer,
+            config(negatives="sequence"),
+        )[0]
+        for i in range(0, 80, 8)
+    ]
     assert 1.9 < math.log(8) - torch.stack(parts).mean().item() <= math.log(8)
 
 
@@ -301,15 +402,23 @@ def test_gradient_flows_to_all_of_cpc_and_from_every_k(corpus):
     v.info_nce(z.detach().requires_grad_(), c, model.predictors, cfg)[0].mean().backward()
     rows = model.predictors.weight.grad.unflatten(0, (3, 16)).abs().sum((1, 2))
     assert (rows > 0).all()
-    v.info_nce(z := z.detach().requires_grad_(), c.detach(), model.predictors, cfg)[0].mean().backward()
-    assert (z.grad[:, 0] == 0).all() and (z.grad[:, 1:] != 0).any(2).all()   # frame 0 is nobody's future
+    v.info_nce(z := z.detach().requires_grad_(), c.detach(), model.predictors, cfg)[
+        0
+    ].mean().backward()
+    assert (z.grad[:, 0] == 0).all() and (z.grad[:, 1:] != 0).any(
+        2
+    ).all()  # frame 0 is nobody's future
 
 
 def test_a_step_is_one_on_the_mean(corpus, monkeypatch):
     """Every matrix W_k has the gradient of the mean over k, from a fresh batch."""
     model, optimizers, cfg = started(corpus)
     get, asked = v.get_batch, []
-    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step, **k: asked.append((step, k)) or get(corpus, cfg, step, **k))
+    monkeypatch.setattr(
+        v,
+        "get_batch",
+        lambda corpus, cfg, step, **k: asked.append((step, k)) or get(corpus, cfg, step, **k),
+    )
     for step in (0, 3):
         before = copy.deepcopy(model)
         v.train_step(model, optimizers, corpus, step, cfg)
@@ -325,7 +434,12 @@ def test_a_step_is_one_on_the_mean(corpus, monkeypatch):
 
 def test_it_learns_one_batch_by_heart():
     """A quarter of the toy's size, one batch again and again: the loss falls below half of log N."""
-    wave = torch.cat([tone(torch.linspace(100, 300, 4800).roll(1200 * i), 0.6, noise=0.02)[None] for i in range(4)])
+    wave = torch.cat(
+        [
+            tone(torch.linspace(100, 300, 4800).roll(1200 * i), 0.6, noise=0.02)[None]
+            for i in range(4)
+        ]
+    )
     cfg = v.Config(**TINY | dict(channels=32, d_context=32, lr=3e-3, score_scale=0.18))
     model = v.Model(cfg, 2)
     optimizer = v.make_optimizers(model, cfg)["cpc"]
@@ -343,7 +457,9 @@ def test_log_line(corpus):
     z, c = model(v.get_batch(corpus, cfg, 0)["wave"])
     loss, N = v.info_nce(z, c, model.predictors, cfg)
     log = v.train_step(model, optimizers, corpus, 0, cfg)
-    assert set(log) == {"loss", "nats", "nats_1", "nats_2", "nats_3"} and not any(x.requires_grad for x in log.values())
+    assert set(log) == {"loss", "nats", "nats_1", "nats_2", "nats_3"} and not any(
+        x.requires_grad for x in log.values()
+    )
     close(log["loss"], loss.mean())
     close(torch.stack([log[f"nats_{k}"] for k in (1, 2, 3)]), math.log(N) - loss, 1e-5)
     close(log["nats"], math.log(N) - loss.mean(), 1e-5)
@@ -359,9 +475,11 @@ def test_batches_of_one_speaker(corpus, monkeypatch):
         assert np.array_equal(chosen, v.of_one_speaker(corpus, corpus.train[:-1], step, cfg))
         seen |= set(chosen)
         batches.append(chosen.tolist())
-    assert seen == set(range(11))                        # all speakers, all utterances
+    assert seen == set(range(11))  # all speakers, all utterances
     monkeypatch.setattr(v, "RANK", 1)
-    assert batches != [v.of_one_speaker(corpus, corpus.train[:-1], step, cfg).tolist() for step in range(30)]
+    assert batches != [
+        v.of_one_speaker(corpus, corpus.train[:-1], step, cfg).tolist() for step in range(30)
+    ]
     few = v.of_one_speaker(corpus, corpus.train, 0, replace(cfg, batch_size=9))
     assert len(set(few)) == 4 and len(set(corpus.speaker[few])) == 1
 
@@ -370,7 +488,11 @@ def test_the_step_draws_them(corpus, monkeypatch):
     model, optimizers, cfg = started(corpus, negatives="same-speaker", steps=40)
     drawn, get = [], v.get_batch
     steps = []
-    monkeypatch.setattr(v, "get_batch", lambda *a, **k: steps.append(a[2]) or drawn.append(get(*a, **k)) or drawn[-1])
+    monkeypatch.setattr(
+        v,
+        "get_batch",
+        lambda *a, **k: steps.append(a[2]) or drawn.append(get(*a, **k)) or drawn[-1],
+    )
     losses = []
     for step in (*range(8), 30):
         before = copy.deepcopy(model)
@@ -379,11 +501,16 @@ def test_the_step_draws_them(corpus, monkeypatch):
             loss = v.info_nce(*before(drawn[-1]["wave"]), before.predictors, cfg)[0].mean()
             close(log["loss"], loss)
             losses.append(loss.item())
-    assert all(len(batch["speaker"].unique()) == 1 for batch in drawn[1:16:2]) and len(set(losses)) == 8
+    assert (
+        all(len(batch["speaker"].unique()) == 1 for batch in drawn[1:16:2])
+        and len(set(losses)) == 8
+    )
     assert steps == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 30]
     assert len({int(batch["speaker"][0]) for batch in drawn[1:16:2]}) > 1
-    assert len(drawn[-1]["speaker"].unique()) > 1                            # the decoder's are mixed
-    with pytest.raises(v.UserError, match="lower --batch-size"):             # at once, not when the decoder's turn comes
+    assert len(drawn[-1]["speaker"].unique()) > 1  # the decoder's are mixed
+    with pytest.raises(
+        v.UserError, match="lower --batch-size"
+    ):  # at once, not when the decoder's turn comes
         v.train_step(model, optimizers, corpus, 0, replace(cfg, batch_size=13))
 
 
@@ -392,7 +519,9 @@ def test_kmeans_finds_blobs():
     """Ten blobs six deviations apart and more, best of five starts: every blob a cluster."""
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
-        centers = 8.5 * torch.stack(torch.meshgrid(torch.arange(5.), torch.arange(2.), indexing="ij"), -1).flatten(0, 1)
+        centers = 8.5 * torch.stack(
+            torch.meshgrid(torch.arange(5.0), torch.arange(2.0), indexing="ij"), -1
+        ).flatten(0, 1)
         truth = torch.randint(10, (2000,), generator=g)
         x = centers[truth] + torch.randn(2000, 2, generator=g)
         centroids, inertia = v.kmeans(x, 10, seed)
@@ -406,7 +535,9 @@ def test_kmeans_finds_blobs():
 def test_kmeans_is_the_best_of_its_starts_and_repeats_itself():
     x = torch.randn(300, 3)
     inertia = [[v.kmeans(x, 12, seed, starts=n)[1][-1] for n in range(1, 6)] for seed in range(4)]
-    assert all(row == sorted(row, reverse=True) for row in inertia) and any(row[4] < row[0] for row in inertia)
+    assert all(row == sorted(row, reverse=True) for row in inertia) and any(
+        row[4] < row[0] for row in inertia
+    )
     assert v.kmeans(x, 12, 0)[1][-1] == inertia[0][4]
     assert torch.equal(v.kmeans(x, 12, 3)[0], v.kmeans(x, 12, 3)[0])
     assert not torch.equal(v.kmeans(x, 12, 3)[0], v.kmeans(x, 12, 4)[0])
@@ -414,10 +545,10 @@ def test_kmeans_is_the_best_of_its_starts_and_repeats_itself():
 
 def test_seeds_are_drawn_in_proportion_to_the_distance():
     """Ten tight blobs: with k-means++ nearly every seed is in another one, and the best of five starts has no blob twice."""
-    x = torch.arange(10.).repeat_interleave(60)[:, None] + 0.01 * torch.randn(600, 1)
+    x = torch.arange(10.0).repeat_interleave(60)[:, None] + 0.01 * torch.randn(600, 1)
     for seed in range(4):
         assert v.kmeans(x, 10, seed)[1][0] < 1
-    far = torch.cat([x, torch.full((600, 1), 5.)])                           # a crowd does not draw the seeds
+    far = torch.cat([x, torch.full((600, 1), 5.0)])  # a crowd does not draw the seeds
     assert v.kmeans(far, 10, 0, starts=1)[1][0] < 70
 
 
@@ -425,7 +556,9 @@ def test_five_starts_and_an_end():
     """The default is five starts; rounds end when they gain next to nothing."""
     x, better = torch.randn(300, 3), 0
     for seed in range(12):
-        four, five, default = (v.kmeans(x, 12, seed, **options)[1] for options in (dict(starts=4), dict(starts=5), {}))
+        four, five, default = (
+            v.kmeans(x, 12, seed, **options)[1] for options in (dict(starts=4), dict(starts=5), {})
+        )
         assert default == five and len(five) < 100 and five[-2] - five[-1] <= 1e-4 * five[-1]
         better += five[-1] < four[-1]
     assert better and all(a > b * (1 + 1e-4) for a, b in zip(five[:-2], five[1:-1]))
@@ -441,7 +574,7 @@ def test_assign_against_cdist():
 
 def test_empty_clusters_are_refilled():
     """Two places and four clusters: two are left without a member, and nothing breaks; more clusters than points neither."""
-    x = torch.tensor([[0., 0.], [1, 1]]).repeat(5, 1)
+    x = torch.tensor([[0.0, 0.0], [1, 1]]).repeat(5, 1)
     centroids, inertia = v.kmeans(x, 4, 0)
     assert inertia[-1] == 0 and centroids.shape == (4, 2) and centroids.isfinite().all()
     centroids, inertia = v.kmeans(x[:3], 8, 0)
@@ -450,41 +583,59 @@ def test_empty_clusters_are_refilled():
 
 def test_an_empty_cluster_moves_to_the_worst_point(monkeypatch):
     """Seeds that are all alike: without a refill one cluster would take everything."""
+
     class Seeds:
         integers, random = (lambda self, n: 0), (lambda self: 0.0)
+
     monkeypatch.setattr(v.np.random, "default_rng", lambda seed: Seeds())
     x = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 30])
     centroids, inertia = v.kmeans(x, 2, 0, starts=1)
     close(centroids.sort(0).values, torch.stack([x[:50].mean(0), x[50:].mean(0)]), 1e-4)
     assert inertia[-1] < 500 < inertia[0]
-    x = torch.cat([torch.randn(50, 2), torch.tensor([[300., 0.], [0., 400.]])])
-    centroids, inertia = v.kmeans(x, 3, 0, starts=1)                         # both far points get one, in the same round
+    x = torch.cat([torch.randn(50, 2), torch.tensor([[300.0, 0.0], [0.0, 400.0]])])
+    centroids, inertia = v.kmeans(x, 3, 0, starts=1)  # both far points get one, in the same round
     assert inertia[-1] < 500 and len(inertia) <= 4
 
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_units_are_fitted_on_training_utterances(corpus, monkeypatch, normalise):
     seen = []
-    monkeypatch.setattr(v, "kmeans", lambda x, K, seed: seen.append((x, K, seed)) or (torch.ones(K, x.shape[1]), []))
+    monkeypatch.setattr(
+        v, "kmeans", lambda x, K, seed: seen.append((x, K, seed)) or (torch.ones(K, x.shape[1]), [])
+    )
     model, _, cfg = started(corpus, normalise=normalise, seed=3)
     with torch.no_grad():
-        expected = torch.cat([model.normalised(model(corpus.wave(u)[None])[1])[0] for u in corpus.train])
+        expected = torch.cat(
+            [model.normalised(model(corpus.wave(u)[None])[1])[0] for u in corpus.train]
+        )
     close(seen[0][0], expected)
     assert seen[0][1:] == (6, 3) and (model.centroids == 1).all() and model.fitted == 1
 
 
-@pytest.mark.parametrize("utterances, frames, every", [(4, 20_000, 2), (600, 100, 1), (600, 101, 2)])
+@pytest.mark.parametrize(
+    "utterances, frames, every", [(4, 20_000, 2), (600, 100, 1), (600, 101, 2)]
+)
 def test_units_are_fitted_on_50000_frames(monkeypatch, utterances, frames, every):
     """Every n-th frame of at most 500 utterances."""
     cfg, seen = v.Config(**TINY), []
     model = v.Model(cfg, 2)
-    corpus = SimpleNamespace(train=np.arange(utterances), length=np.full(utterances, frames * cfg.hop + 7),
-                             wave=lambda u: torch.full((frames,), float(u)))
-    monkeypatch.setattr(model, "forward", lambda wave: (None, torch.stack([wave, torch.arange(frames)[None]], 2)))
-    monkeypatch.setattr(v, "kmeans", lambda x, K, seed: seen.append(x) or (torch.ones(K, cfg.d_context), []))
+    corpus = SimpleNamespace(
+        train=np.arange(utterances),
+        length=np.full(utterances, frames * cfg.hop + 7),
+        wave=lambda u: torch.full((frames,), float(u)),
+    )
+    monkeypatch.setattr(
+        model, "forward", lambda wave: (None, torch.stack([wave, torch.arange(frames)[None]], 2))
+    )
+    monkeypatch.setattr(
+        v, "kmeans", lambda x, K, seed: seen.append(x) or (torch.ones(K, cfg.d_context), [])
+    )
     v.fit_units(model, corpus, cfg)
-    assert torch.equal(seen[0][:, 1].unique(), torch.arange(0., frames, every))
-    assert torch.equal(seen[0][:, 0].unique(), torch.arange(float(min(500, utterances)))) and len(seen[0]) <= 50_000
+    assert torch.equal(seen[0][:, 1].unique(), torch.arange(0.0, frames, every))
+    assert (
+        torch.equal(seen[0][:, 0].unique(), torch.arange(float(min(500, utterances))))
+        and len(seen[0]) <= 50_000
+    )
 
 
 def test_ranks_agree_on_the_units(corpus, monkeypatch):
@@ -529,9 +680,17 @@ def test_yin_finds_the_pitch(rate, hop, tolerance):
 def test_yin_hears_no_pitch_where_there_is_none(rate, hop):
     cfg, noise = v.Config(sample_rate=rate, hop=hop), torch.randn(1, rate)
     dull = F.avg_pool1d(noise[None], 9, 1, 4)[0]
-    for wave in (0.1 * noise, dull, torch.zeros(1, rate), torch.full((1, rate), 0.3), 5e-3 * tone(150, 1, rate)[None]):
+    for wave in (
+        0.1 * noise,
+        dull,
+        torch.zeros(1, rate),
+        torch.full((1, rate), 0.3),
+        5e-3 * tone(150, 1, rate)[None],
+    ):
         assert (v.yin(wave, cfg) == 0).all()
-    assert (v.yin(3e-2 * tone(150, 1, rate)[None], cfg)[0, 4:-4] > 0).all()  # quiet, but above -60 dB
+    assert (
+        v.yin(3e-2 * tone(150, 1, rate)[None], cfg)[0, 4:-4] > 0
+    ).all()  # quiet, but above -60 dB
 
 
 def test_yin_in_noise_and_on_a_glide():
@@ -543,7 +702,7 @@ def test_yin_in_noise_and_on_a_glide():
         assert ((f0 - 150).abs() < tolerance * 150).all()
     f = torch.linspace(100, 300, 16000)
     f0 = v.yin(tone(f, 1, 16000)[None], cfg)[0]
-    truth = F.pad(f[::160], (0, 1), value=300.)
+    truth = F.pad(f[::160], (0, 1), value=300.0)
     voiced = f0 > 0
     assert voiced.float().mean() > 0.97 and ((f0 - truth).abs() / truth)[voiced].max() < 0.02
 
@@ -563,7 +722,7 @@ def test_yin_takes_the_median_of_five():
     cfg = v.Config()
     for periods in (4, 5, 6, 12):
         wave = torch.zeros(1, 8000)
-        wave[0, 4000:4000 + 80 * periods] = tone(200, periods / 200, 16000, noise=0)
+        wave[0, 4000 : 4000 + 80 * periods] = tone(200, periods / 200, 16000, noise=0)
         assert (v.yin(wave, cfg) == 0).all() == (periods < 12), periods
 
 
@@ -571,7 +730,11 @@ def test_yin_keeps_to_its_range():
     """400 Hz is found; 500 Hz is not, but for its half, and what is below 50 Hz has no pitch. An offset is no loudness."""
     cfg, t = v.Config(), torch.arange(8000) / 16000
     f0 = lambda f: v.yin(0.1 * (2 * math.pi * f * t).sin()[None], cfg)[0, 4:-4]
-    assert ((f0(400) - 400).abs() < 1).all() and ((f0(500) - 250).abs() < 1).all() and (f0(45) == 0).all()
+    assert (
+        ((f0(400) - 400).abs() < 1).all()
+        and ((f0(500) - 250).abs() < 1).all()
+        and (f0(45) == 0).all()
+    )
     assert (v.yin(1e-4 * tone(150, 0.5, 16000, noise=0)[None] + 0.01, cfg) == 0).all()
 
 
@@ -579,13 +742,15 @@ def test_yin_is_centred():
     """On a glide from 100 to 300 Hz in a second F0 is at most 3 ms early or late."""
     f = torch.linspace(100, 300, 16000)
     f0 = v.yin(tone(f, 1, 16000, noise=0)[None], v.Config())[0]
-    assert ((f0[6:94] - f[960:15040:160]).abs() < 0.003 * 200).all() and (f0[6:94] - f[960:15040:160]).mean().abs() < 0.3
+    assert ((f0[6:94] - f[960:15040:160]).abs() < 0.003 * 200).all() and (
+        f0[6:94] - f[960:15040:160]
+    ).mean().abs() < 0.3
 
 
 def test_f0_errors_by_hand():
     """Of six frames one unvoiced and one voiced in error, one 21 % too high; 19 % is no error."""
-    truth = torch.tensor([100., 100, 100, 0, 0, 200])
-    vde, ffe = v.f0_errors(torch.tensor([119., 121, 0, 0, 50, 200]), truth)
+    truth = torch.tensor([100.0, 100, 100, 0, 0, 200])
+    vde, ffe = v.f0_errors(torch.tensor([119.0, 121, 0, 0, 50, 200]), truth)
     assert vde.tolist() == [False, False, True, False, True, False]
     assert ffe.tolist() == [False, True, True, False, True, False]
 
@@ -601,7 +766,10 @@ def test_f0_tokens_by_hand(corpus, monkeypatch):
         f0 = torch.cat([(model.f0_mean[s] + model.f0_std[s] * x).exp(), torch.zeros(2)])[None]
         monkeypatch.setattr(v, "yin", lambda wave, cfg: f0)
         assert model.f0(torch.zeros(1, 80 * 12), torch.tensor([s])).tolist() == [[*expected, 0, 0]]
-        assert model.f0(torch.zeros(1, 80 * 11), torch.tensor([s])).shape == (1, 11)     # as many as frames of z
+        assert model.f0(torch.zeros(1, 80 * 11), torch.tensor([s])).shape == (
+            1,
+            11,
+        )  # as many as frames of z
 
 
 def test_f0_of_an_unknown_voice(corpus):
@@ -613,38 +781,55 @@ def test_f0_of_an_unknown_voice(corpus):
     f0 = v.yin(tone(melody, 1)[None], cfg)[:, :100]
     log = f0[f0 > 0].log()
     expected = ((log - log.mean()) / model.f0_std.mean() * 19 / 5 + 9.5).floor() + 1
-    assert ((low[low > 0] - expected.clamp(1, 19)).abs() <= 1).all() and low[low > 0].float().std() > 1
+    assert ((low[low > 0] - expected.clamp(1, 19)).abs() <= 1).all() and low[
+        low > 0
+    ].float().std() > 1
     assert (model.f0(torch.zeros(1, 4000)) == 0).all()
-    model.f0_std[:] = torch.tensor([0.05, 0.1, 0.3])                         # on average 0.15
+    model.f0_std[:] = torch.tensor([0.05, 0.1, 0.3])  # on average 0.15
     expected = ((log - log.mean()) / 0.15 * 19 / 5 + 9.5).floor() + 1
     both = torch.stack([tone(melody, 1), tone(melody * 1.4, 1)])
     assert ((model.f0(both[:1])[f0 > 0] - expected).abs() <= 1).all()
-    assert torch.equal(model.f0(both), torch.cat([model.f0(both[:1]), model.f0(both[1:])]))      # each its own mean
+    assert torch.equal(
+        model.f0(both), torch.cat([model.f0(both[:1]), model.f0(both[1:])])
+    )  # each its own mean
 
 
 # -------------------- statistics and phases --------------------
 def test_statistics(corpus):
     """Standardised mel of what they were taken from has mean 0 and deviation 1; F0 statistics are those of each voice."""
     model, _, cfg = started(corpus)
-    mel = torch.stack([torch.stack([(x := v.log_mel(corpus.wave(u)[None], cfg)[0]).mean(0), x.square().mean(0)])
-                       for u in corpus.train]).mean(0)
+    mel = torch.stack(
+        [
+            torch.stack(
+                [(x := v.log_mel(corpus.wave(u)[None], cfg)[0]).mean(0), x.square().mean(0)]
+            )
+            for u in corpus.train
+        ]
+    ).mean(0)
     close(model.mean, mel[0], 1e-4)
     close(model.std, (mel[1] - mel[0] ** 2).sqrt(), 1e-3)
-    close(model.features(corpus.wave(0)[None]) * model.std + model.mean,
-          v.log_mel(corpus.wave(0)[None], cfg)[:, :50], 1e-4)
+    close(
+        model.features(corpus.wave(0)[None]) * model.std + model.mean,
+        v.log_mel(corpus.wave(0)[None], cfg)[:, :50],
+        1e-4,
+    )
     for s in range(3):
-        f0 = torch.cat([(y := v.yin(corpus.wave(u)[None], cfg)[0])[y > 0] for u in range(4 * s, 4 * s + 4)]).log()
+        f0 = torch.cat(
+            [(y := v.yin(corpus.wave(u)[None], cfg)[0])[y > 0] for u in range(4 * s, 4 * s + 4)]
+        ).log()
         close(model.f0_mean[s], f0.mean(), 1e-4)
         close(model.f0_std[s], f0.std(), 1e-4)
-        assert abs(model.f0_mean[s].exp() / (107.5 * 1.4 ** s) - 1) < 0.03
+        assert abs(model.f0_mean[s].exp() / (107.5 * 1.4**s) - 1) < 0.03
 
 
 def test_statistics_of_25_utterances_each():
     waves = [tone(100 if u < 24 else 150 if u == 24 else 300, 0.2) for u in range(30)]
     waves += [tone(200, 0.2), 0.03 * torch.randn(1600)]
     model, _, cfg = started(corpus_of(waves, [0] * 30 + [1, 2]))
-    close(model.f0_mean[:2].exp(), [100 * 1.5 ** 0.04, 200.], 1e-2)
-    assert abs(model.f0_mean[2].exp() - 104) < 3 and (model.f0_std >= 0.02).all()     # who has no voice: that of all
+    close(model.f0_mean[:2].exp(), [100 * 1.5**0.04, 200.0], 1e-2)
+    assert (
+        abs(model.f0_mean[2].exp() - 104) < 3 and (model.f0_std >= 0.02).all()
+    )  # who has no voice: that of all
     assert model.f0_std[1] == torch.tensor(0.02)
 
 
@@ -661,10 +846,12 @@ def test_nobody_has_a_voice_and_nobody_is_known():
 
 def test_a_single_voiced_frame_and_digital_silence(monkeypatch):
     """Are no statistics: that voice gets those of all, and a band of nothing a deviation of 0.01."""
-    f0 = {1600: torch.tensor([[100., 0, 200]]), 1760: torch.tensor([[0., 0, 130]])}
+    f0 = {1600: torch.tensor([[100.0, 0, 200]]), 1760: torch.tensor([[0.0, 0, 130]])}
     monkeypatch.setattr(v, "yin", lambda wave, cfg: f0[wave.shape[1]])
-    model, _, _ = started(corpus_of([torch.zeros(1600), torch.zeros(1600), torch.zeros(1760)], [0, 0, 1]), units=1)
-    every = torch.tensor([100, 200, 100, 200, 130., math.exp(4.6), math.exp(5.1)]).log()
+    model, _, _ = started(
+        corpus_of([torch.zeros(1600), torch.zeros(1600), torch.zeros(1760)], [0, 0, 1]), units=1
+    )
+    every = torch.tensor([100, 200, 100, 200, 130.0, math.exp(4.6), math.exp(5.1)]).log()
     close(model.f0_mean[1], every.mean(), 1e-5)
     close(model.f0_std[1], every.std(), 1e-5)
     close(model.std, torch.full((20,), 0.01))
@@ -673,33 +860,58 @@ def test_a_single_voiced_frame_and_digital_silence(monkeypatch):
 def test_phases_move_what_they_should(corpus):
     """Five CPC steps, at the end of the fifth the units, then five of the decoder; the rest bit-equal."""
     model, optimizers, cfg = started(corpus)
-    part = lambda name: {"encoder": "cpc", "context": "cpc", "predictors": "cpc"}.get(first := name.split(".")[0], first)
+    part = lambda name: {"encoder": "cpc", "context": "cpc", "predictors": "cpc"}.get(
+        first := name.split(".")[0], first
+    )
     for step in range(10):
         before = copy.deepcopy(model.state_dict())
-        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {
+            name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
         log = v.train_step(model, optimizers, corpus, step, cfg)
-        moved = {part(name) for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
-        assert moved - {"fitted"} == ({"cpc"}, {"cpc", "centroids"}, {"decoder"})[(step >= 4) + (step > 4)]
+        moved = {
+            part(name) for name, x in model.state_dict().items() if not torch.equal(x, before[name])
+        }
+        assert (
+            moved - {"fitted"}
+            == ({"cpc"}, {"cpc", "centroids"}, {"decoder"})[(step >= 4) + (step > 4)]
+        )
         assert model.fitted == (step >= 4)
         assert ("decoder_loss" in log) == (step > 4)
-        if step > 4:                                                         # not even a gradient
-            assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters() if part(name) == "cpc")
+        if step > 4:  # not even a gradient
+            assert all(
+                torch.equal(p.grad, gradients[name])
+                for name, p in model.named_parameters()
+                if part(name) == "cpc"
+            )
         else:
             assert all(p.grad is None for p in model.decoder.parameters())
 
 
-@pytest.mark.parametrize("share, steps, first", [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.29, 100, 29)])
+@pytest.mark.parametrize(
+    "share, steps, first",
+    [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.29, 100, 29)],
+)
 def test_share_of_cpc(share, steps, first, corpus, monkeypatch):
     """Units are fitted once, at the end of CPC, also when there is no decoder phase, and there is one step of CPC at least."""
     cfg, called = v.Config(**TINY | dict(cpc_share=share, steps=steps)), []
-    model = SimpleNamespace(fitted=torch.tensor(1.))
+    model = SimpleNamespace(fitted=torch.tensor(1.0))
     for name, fitted in {"cpc_step": 0, "decoder_step": None, "fit_units": 1}.items():
-        monkeypatch.setattr(v, name, lambda *a, name=name, fitted=fitted: called.append(name) or
-                            (fitted is not None and model.fitted.fill_(fitted)))
+        monkeypatch.setattr(
+            v,
+            name,
+            lambda *a, name=name, fitted=fitted: (
+                called.append(name) or (fitted is not None and model.fitted.fill_(fitted))
+            ),
+        )
     for step in sorted({0, first - 1, first, steps - 1} & set(range(steps))):
         called.clear()
         v.train_step(model, {"cpc": 0, "decoder": 0}, corpus, step, cfg)
-        assert called == (["decoder_step"] if step >= first else ["cpc_step"] + ["fit_units"] * (step == first - 1))
+        assert called == (
+            ["decoder_step"]
+            if step >= first
+            else ["cpc_step"] + ["fit_units"] * (step == first - 1)
+        )
 
 
 def test_resumed_beyond_the_border(corpus):
@@ -712,17 +924,31 @@ def test_resumed_beyond_the_border(corpus):
     v.train_step(model, optimizers, corpus, 6, replace(cfg, steps=8))
     fitted = model.centroids.clone()
     v.train_step(model, optimizers, corpus, 7, replace(cfg, steps=8))
-    assert model.fitted == 1 and not torch.equal(before, fitted) and torch.equal(fitted, model.centroids)
-    v.train_step(model, optimizers, corpus, 8, replace(cfg, steps=40))     # CPC again
+    assert (
+        model.fitted == 1
+        and not torch.equal(before, fitted)
+        and torch.equal(fitted, model.centroids)
+    )
+    v.train_step(model, optimizers, corpus, 8, replace(cfg, steps=40))  # CPC again
     assert model.fitted == 0 and torch.equal(fitted, model.centroids)
 
 
 def test_optimizers(corpus):
     """Adam for CPC; for the decoder AdamW with HiFi-GAN's momenta."""
-    cpc, decoder = v.make_optimizers(v.Model(v.Config(**TINY | dict(lr=0.007)), 3), v.Config(lr=0.007)).values()
+    cpc, decoder = v.make_optimizers(
+        v.Model(v.Config(**TINY | dict(lr=0.007)), 3), v.Config(lr=0.007)
+    ).values()
     assert type(cpc) is torch.optim.Adam and type(decoder) is torch.optim.AdamW
-    assert (cpc.defaults["lr"], cpc.defaults["betas"], cpc.defaults["weight_decay"]) == (0.007, (0.9, 0.999), 0)
-    assert (decoder.defaults["lr"], decoder.defaults["betas"], decoder.defaults["weight_decay"]) == (0.007, (0.8, 0.99), 0.01)
+    assert (cpc.defaults["lr"], cpc.defaults["betas"], cpc.defaults["weight_decay"]) == (
+        0.007,
+        (0.9, 0.999),
+        0,
+    )
+    assert (
+        decoder.defaults["lr"],
+        decoder.defaults["betas"],
+        decoder.defaults["weight_decay"],
+    ) == (0.007, (0.8, 0.99), 0.01)
 
 
 def test_decoder_loss_by_hand(corpus):
@@ -731,7 +957,14 @@ def test_decoder_loss_by_hand(corpus):
     batch = v.get_batch(corpus, cfg, 7)
     with torch.no_grad():
         f0 = model.f0(batch["wave"], batch["speaker"])
-        expected = (model.decoder(model.units(batch["wave"]), f0, batch["speaker"]) - model.features(batch["wave"])).abs().mean()
+        expected = (
+            (
+                model.decoder(model.units(batch["wave"]), f0, batch["speaker"])
+                - model.features(batch["wave"])
+            )
+            .abs()
+            .mean()
+        )
     close(v.train_step(model, optimizers, corpus, 7, cfg)["decoder_loss"], expected)
 
 
@@ -749,10 +982,14 @@ def test_represent(corpus, normalise):
     wave = corpus.wave(3)
     x = v.represent(model, wave, cfg)
     z, c = model(wave[None])
-    assert list(x) == ["z", "c", "units"] and torch.equal(x["z"], z[0]) and torch.equal(x["c"], c[0])
-    assert x["units"].shape == (len(wave) // 80, 6) and torch.equal(x["units"].argmax(1), model.units(wave[None])[0])
+    assert (
+        list(x) == ["z", "c", "units"] and torch.equal(x["z"], z[0]) and torch.equal(x["c"], c[0])
+    )
+    assert x["units"].shape == (len(wave) // 80, 6) and torch.equal(
+        x["units"].argmax(1), model.units(wave[None])[0]
+    )
     assert (x["units"].sum(1) == 1).all() and not any(y.requires_grad for y in x.values())
-    model.centroids[1:] = 100.0                                              # all frames are unit 0
+    model.centroids[1:] = 100.0  # all frames are unit 0
     assert v.represent(model, wave, cfg)["units"].shape[1] == 6
 
 
@@ -773,7 +1010,9 @@ def test_convert(corpus):
             assert torch.equal(outputs[3], outputs[s]) == (s == nearest)
         assert all(len(y) == len(wave) and y.isfinite().all() for y in outputs)
     both = v.convert(model, sources, [1, 2], cfg)
-    assert torch.equal(both[0], v.convert(model, sources[:1], [1], cfg)[0]) and len(both[1]) == len(sources[1])
+    assert torch.equal(both[0], v.convert(model, sources[:1], [1], cfg)[0]) and len(both[1]) == len(
+        sources[1]
+    )
 
 
 def test_vocode_undoes_features(corpus):
@@ -785,7 +1024,7 @@ def test_vocode_undoes_features(corpus):
     f0 = v.yin(again, cfg)[0, 8:-8]
     assert ((f0 - 140).abs() < 3).float().mean() > 0.9
     assert (model.features(again) - model.features(wave))[:, 8:-8].abs().mean() < 0.25
-    model.mean[:], model.std[:] = -6.0, 1.0                          # loud to the very end
+    model.mean[:], model.std[:] = -6.0, 1.0  # loud to the very end
     flat = model.vocode(torch.full((1, 10, 60), 3.0), 800)[0]
     assert flat[-80:].std() > 0.4 * flat[240:480].std()
 
@@ -798,7 +1037,9 @@ def bits(ids):
 
 def test_unit_figures_by_hand(tmp_path, monkeypatch):
     """Four units, all alike: perplexity 4, and with 8 symbols in a second 16 bits in it; a single unit: 1 and nothing."""
-    corpus = corpus_of([torch.zeros(4000), torch.zeros(4000)], [2, 2])       # unknown speakers: units and InfoNCE alone
+    corpus = corpus_of(
+        [torch.zeros(4000), torch.zeros(4000)], [2, 2]
+    )  # unknown speakers: units and InfoNCE alone
     corpus.known = 2
     model, _, cfg = started(corpus, batch_size=2)
     for ids, perplexity in (([0, 1, 5, 3], 4.0), ([2, 2, 2, 2], 1.0)):
@@ -833,14 +1074,23 @@ def test_sample(corpus, tmp_path, negatives):
     assert all(metrics["ffe"][name] >= metrics["vde"][name] for name in metrics["vde"])
     assert metrics["ffe"]["copy"] < 0.3
     files = {p.name for p in tmp_path.glob("*.wav")}
-    assert files == {f"resynthesis_{i}_{name}.wav" for i in range(3) for name in ("copy", "resynthesis", "flat_f0")}
-    assert all(sf.info(tmp_path / f"resynthesis_{i}_copy.wav").frames == corpus.length[i] for i in range(3))
+    assert files == {
+        f"resynthesis_{i}_{name}.wav"
+        for i in range(3)
+        for name in ("copy", "resynthesis", "flat_f0")
+    }
+    assert all(
+        sf.info(tmp_path / f"resynthesis_{i}_copy.wav").frames == corpus.length[i] for i in range(3)
+    )
 
 
 def other_corpus():
     """Held out are other utterances than those trained on, of very different lengths, some of unknown speakers."""
     lengths = [0.3, 0.4, 4.0, 0.5, 0.3, 0.35, 0.3, 0.45, 0.5, 0.4]
-    c = corpus_of([tone(100 + 15 * i, seconds) for i, seconds in enumerate(lengths)], [0, 1, 0, 1, 2, 2, 0, 1, 0, 1])
+    c = corpus_of(
+        [tone(100 + 15 * i, seconds) for i, seconds in enumerate(lengths)],
+        [0, 1, 0, 1, 2, 2, 0, 1, 0, 1],
+    )
     c.train, c.held, c.known = np.array([0, 1, 6, 7, 8, 9]), np.array([2, 3, 4, 5]), 2
     return c
 
@@ -852,8 +1102,14 @@ def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
     corpus = other_corpus()
     model, _, cfg = started(corpus, negatives=negatives, batch_size=3, probe=3)
     get, asked, forward, given = v.get_batch, [], model.decoder.forward, []
-    monkeypatch.setattr(v, "get_batch", lambda corpus, cfg, step, draw, utterances:
-                        asked.append((step, draw, utterances.tolist())) or get(corpus, cfg, step, draw, utterances))
+    monkeypatch.setattr(
+        v,
+        "get_batch",
+        lambda corpus, cfg, step, draw, utterances: (
+            asked.append((step, draw, utterances.tolist()))
+            or get(corpus, cfg, step, draw, utterances)
+        ),
+    )
     monkeypatch.setattr(model.decoder, "forward", lambda *a: given.append(a) or forward(*a))
     metrics = v.sample(model, corpus, cfg, tmp_path)
     assert [a[:2] for a in asked] == [(i, 1000) for i in range(8)]
@@ -864,22 +1120,32 @@ def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
         assert all(u in ([2], [3], [4, 5], [5, 4]) for u in used) and len(set(map(str, used))) > 1
     gains = []
     for a in asked:
-        loss, N = v.info_nce(*model(get(corpus, cfg, a[0], a[1], np.array(a[2]))["wave"]), model.predictors, cfg)
+        loss, N = v.info_nce(
+            *model(get(corpus, cfg, a[0], a[1], np.array(a[2]))["wave"]), model.predictors, cfg
+        )
         gains.append((math.log(N) - loss, math.log(N)))
     close(metrics["nats"], torch.stack([g for g, _ in gains]).mean(), 1e-5)
     close(metrics["log_n"], sum(n for _, n in gains) / 8)
-    assert [len(a[0][0]) for a in given[::2]] == [300, 50] and [int(a[2]) for a in given[::2]] == [0, 1]   # 4 and 5: unknown
+    assert [len(a[0][0]) for a in given[::2]] == [300, 50] and [int(a[2]) for a in given[::2]] == [
+        0,
+        1,
+    ]  # 4 and 5: unknown
     assert sf.info(tmp_path / "resynthesis_0_copy.wav").frames == 24000
     ids = [model.units(corpus.wave(u)[None])[0] for u in (2, 3, 4)]
     seconds, every = 4.8, torch.cat(ids)
     assert len(open(tmp_path / "units.txt").readlines()) == 3
     close(metrics["perplexity"], 2 ** bits(every), 1e-5)
     close(metrics["bits_per_second"], len(every) / seconds * bits(every), 1e-4)
-    heard = [v.yin(v.read_audio(tmp_path / f"resynthesis_{i}_copy.wav", 8000)[None], cfg)[0] for i, u in enumerate((2, 3))]
+    heard = [
+        v.yin(v.read_audio(tmp_path / f"resynthesis_{i}_copy.wav", 8000)[None], cfg)[0]
+        for i, u in enumerate((2, 3))
+    ]
     truth = [v.yin(corpus.wave(u)[None, :24000], cfg)[0] for u in (2, 3)]
-    wrong = torch.cat([(a > 0) != (b > 0) for a, b in zip(heard, truth)]).float().mean()     # of frames, not of utterances
+    wrong = (
+        torch.cat([(a > 0) != (b > 0) for a, b in zip(heard, truth)]).float().mean()
+    )  # of frames, not of utterances
     close(metrics["vde"]["copy"], wrong, 0.02)
-    corpus.held = corpus.held[2:]                                            # unknown speakers alone
+    corpus.held = corpus.held[2:]  # unknown speakers alone
     assert v.sample(model, corpus, cfg, tmp_path)["vde"] == {}
 
 
@@ -887,7 +1153,9 @@ def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
 def test_training_keeps_off_the_held_out(monkeypatch, negatives):
     corpus, drawn, get = other_corpus(), set(), v.get_batch
     model, optimizers, cfg = started(corpus, negatives=negatives, batch_size=3, steps=40)
-    monkeypatch.setattr(v, "get_batch", lambda *a, **k: drawn.update((b := get(*a, **k))["utterance"].tolist()) or b)
+    monkeypatch.setattr(
+        v, "get_batch", lambda *a, **k: drawn.update((b := get(*a, **k))["utterance"].tolist()) or b
+    )
     for step in (*range(12), *range(30, 36)):
         v.train_step(model, optimizers, corpus, step, cfg)
     assert drawn == {0, 1, 6, 7, 8, 9}
@@ -897,8 +1165,16 @@ def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
     """100 Hz in the source and 121 in the copy is an error; the other way round it would be none."""
     model, _, cfg = started(corpus)
     monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
-    monkeypatch.setattr(v, "yin", lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 121. if (wave == 0.5).all() else 100.))
-    assert v.sample(model, corpus, cfg, tmp_path)["ffe"] == dict.fromkeys(("copy", "resynthesis", "flat_f0"), 1.0)
+    monkeypatch.setattr(
+        v,
+        "yin",
+        lambda wave, cfg: torch.full(
+            (1, 1 + wave.shape[1] // 80), 121.0 if (wave == 0.5).all() else 100.0
+        ),
+    )
+    assert v.sample(model, corpus, cfg, tmp_path)["ffe"] == dict.fromkeys(
+        ("copy", "resynthesis", "flat_f0"), 1.0
+    )
 
 
 def test_figures_over_utterances(tmp_path, monkeypatch):
@@ -906,11 +1182,21 @@ def test_figures_over_utterances(tmp_path, monkeypatch):
     corpus = other_corpus()
     model, _, cfg = started(corpus, probe=2)
     rows = {32000: torch.tensor([[0, 0, 1, 1]]), 4000: torch.tensor([[1, 1, 2]])}
-    monkeypatch.setattr(model, "units", lambda wave: rows.get(wave.shape[1], torch.zeros(1, wave.shape[1] // 80, dtype=torch.long)))
+    monkeypatch.setattr(
+        model,
+        "units",
+        lambda wave: rows.get(wave.shape[1], torch.zeros(1, wave.shape[1] // 80, dtype=torch.long)),
+    )
     monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
     monkeypatch.setattr(model.decoder, "forward", lambda units, f0, s: None)
-    silent = lambda wave: wave.shape[1] == 24000 and (wave == 0.5).all()     # the long one loses all voicing, the short none
-    monkeypatch.setattr(v, "yin", lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 0.0 if silent(wave) else 100.0))
+    silent = lambda wave: (
+        wave.shape[1] == 24000 and (wave == 0.5).all()
+    )  # the long one loses all voicing, the short none
+    monkeypatch.setattr(
+        v,
+        "yin",
+        lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 0.0 if silent(wave) else 100.0),
+    )
     metrics = v.sample(model, corpus, cfg, tmp_path)
     close(metrics["bits_per_second"], 7 / 4.5 * bits(torch.tensor([0, 0, 1, 1, 1, 1, 2])), 1e-5)
     close(metrics["vde"]["copy"], 301 / (301 + 51), 1e-5)
@@ -924,10 +1210,18 @@ def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
     v.sample(model, corpus, cfg, tmp_path)
     assert len(given) == 24
     for u in range(12):
-        (units, f0, s), (same, flat, t) = given[2 * u:2 * u + 2]
+        (units, f0, s), (same, flat, t) = given[2 * u : 2 * u + 2]
         wave = corpus.wave(u)[None]
-        assert torch.equal(units, model.units(wave)) and torch.equal(units, same) and s == t == corpus.speaker[u]
-        assert torch.equal(f0, model.f0(wave, s)) and torch.equal(flat, torch.where(f0 > 0, 10, 0)) and (f0 > 0).any()
+        assert (
+            torch.equal(units, model.units(wave))
+            and torch.equal(units, same)
+            and s == t == corpus.speaker[u]
+        )
+        assert (
+            torch.equal(f0, model.f0(wave, s))
+            and torch.equal(flat, torch.where(f0 > 0, 10, 0))
+            and (f0 > 0).any()
+        )
 
 
 # -------------------- the whole --------------------
@@ -947,14 +1241,28 @@ def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
     rows, us = table["representations"], corpus.held[:16]
     assert logs[287]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[288]["decoder_loss"]
     assert rows["c"]["phone"] > rows["c untrained"]["phone"] + 0.1
-    assert rows["units"]["speaker"] < rows["c"]["speaker"] - 0.15 and rows["units"]["phone"] > rows["units untrained"]["phone"]
+    assert (
+        rows["units"]["speaker"] < rows["c"]["speaker"] - 0.15
+        and rows["units"]["phone"] > rows["units untrained"]["phone"]
+    )
     source = torch.from_numpy(corpus.speaker[us])
     aims = (source + 1 + torch.arange(16) % 7) % 8
     waves = [corpus.wave(u) for u in us]
     spectrum = lambda wave: model.features(wave[None])[0].mean(0)
-    average = torch.stack([torch.stack([spectrum(corpus.wave(u)) for u in corpus.train[corpus.speaker[corpus.train] == s][:20]])
-                           .mean(0) for s in range(8)])
-    off = lambda waves, s: torch.stack([(spectrum(w) - average[i]).abs().mean() for w, i in zip(waves, s)])
+    average = torch.stack(
+        [
+            torch.stack(
+                [
+                    spectrum(corpus.wave(u))
+                    for u in corpus.train[corpus.speaker[corpus.train] == s][:20]
+                ]
+            ).mean(0)
+            for s in range(8)
+        ]
+    )
+    off = lambda waves, s: torch.stack(
+        [(spectrum(w) - average[i]).abs().mean() for w, i in zip(waves, s)]
+    )
     closer = lambda waves: (off(waves, aims) < off(waves, source)).float().mean()
     assert closer(v.convert(model, waves, aims.tolist(), cfg)) > closer(waves) + 0.5
 
@@ -969,7 +1277,7 @@ def test_cuda_equals_cpu(corpus):
         close(a.cpu().float(), b.float(), 1e-3)
     z, c = expected[:2]
     loss = v.info_nce(z, c, model.cpu().predictors, cfg)[0]
-    with torch.autocast("cuda", torch.bfloat16):                             # switched off inside
+    with torch.autocast("cuda", torch.bfloat16):  # switched off inside
         close(v.info_nce(z.cuda(), c.cuda(), model.cuda().predictors, cfg)[0].cpu(), loss, 1e-4)
         close(model.context(z.cuda())[0].float().cpu(), c, 0.1)
         ids = model.units(wave.cuda())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Checks of the method in fhvae.py: numbers worked out by hand, exact identities, mistakes of earlier ports, a short run."""
+
 import math
 from types import SimpleNamespace
 from dataclasses import replace
@@ -14,8 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fhvae as v
 
 torch.set_num_threads(1)
-TINY = dict(sample_rate=8000, n_fft=200, win=200, hop=80, n_mels=20, crop=1840, batch_size=6, hidden=12, layers=2, d_z1=3,
-            d_z2=5, sequences=4, device="cpu")
+TINY = dict(
+    sample_rate=8000,
+    n_fft=200,
+    win=200,
+    hop=80,
+    n_mels=20,
+    crop=1840,
+    batch_size=6,
+    hidden=12,
+    layers=2,
+    d_z1=3,
+    d_z2=5,
+    sequences=4,
+    device="cpu",
+)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -42,19 +56,28 @@ def tiny(**options):
 
 class Stub:
     """What training needs of a Corpus; hashable, as draw_pass keeps it."""
+
     def __init__(self, lengths, speaker=None, held=2):
         lengths, rng = np.array(lengths), np.random.default_rng(0)
         self.length, self.start = lengths, lengths.cumsum() - lengths
-        self.train, self.held = np.arange(len(lengths))[held:][::-1].copy(), np.arange(len(lengths))[:held]
+        self.train, self.held = (
+            np.arange(len(lengths))[held:][::-1].copy(),
+            np.arange(len(lengths))[:held],
+        )
         pitch = 60 * 1.2 ** np.arange(len(lengths))
-        waves = [0.1 * np.sign(np.sin(2 * np.pi * f * np.arange(n) / 8000)) + 0.05 * rng.standard_normal(n)
-                 for f, n in zip(pitch, lengths)]
-        self.audio = torch.from_numpy((np.concatenate(waves) * 32768).clip(-32768, 32767).astype(np.int16))
+        waves = [
+            0.1 * np.sign(np.sin(2 * np.pi * f * np.arange(n) / 8000))
+            + 0.05 * rng.standard_normal(n)
+            for f, n in zip(pitch, lengths)
+        ]
+        self.audio = torch.from_numpy(
+            (np.concatenate(waves) * 32768).clip(-32768, 32767).astype(np.int16)
+        )
         self.speaker = np.arange(len(lengths)) % 3 if speaker is None else np.array(speaker)
         self.speakers, self.seconds, self.known, self.test = ["a", "b", "c"], 0.0, 3, self
 
     def wave(self, u):
-        return self.audio[self.start[u]:self.start[u] + self.length[u]].float() / 32768
+        return self.audio[self.start[u] : self.start[u] + self.length[u]].float() / 32768
 
 
 LENGTHS = (5000, 2400, 1200, 6000, 3000, 9000, 2000, 4000, 7000)
@@ -71,13 +94,22 @@ def started(corpus, **options):
 def test_parameters_of_the_papers():
     model = v.Model(v.Config(), 100)
     count = lambda net: sum(p.numel() for p in net.parameters())
-    assert [count(net) for net in (model.z2_encoder, model.z1_encoder, model.decoder)] == [1_029_184, 1_061_952, 959_378]
+    assert [count(net) for net in (model.z2_encoder, model.z1_encoder, model.decoder)] == [
+        1_029_184,
+        1_061_952,
+        959_378,
+    ]
     assert count(model) - model.table.numel() == 3_050_514 and model.table.shape == (2000, 32)
-    for options, expected in ((dict(n_fft=158), 2_740_512), (dict(n_fft=398, layers=1), 1_436_176),
-                              (dict(n_fft=398, layers=1, d_z1=16, d_z2=16), 1_370_576)):
+    for options, expected in (
+        (dict(n_fft=158), 2_740_512),
+        (dict(n_fft=398, layers=1), 1_436_176),
+        (dict(n_fft=398, layers=1, d_z1=16, d_z2=16), 1_370_576),
+    ):
         model = v.Model(v.Config(**options), 2)
         assert count(model) - model.table.numel() == expected
-    assert not [m for m in model.modules() if "Norm" in type(m).__name__ or "Dropout" in type(m).__name__]
+    assert not [
+        m for m in model.modules() if "Norm" in type(m).__name__ or "Dropout" in type(m).__name__
+    ]
 
 
 def test_defaults_of_the_papers():
@@ -85,8 +117,13 @@ def test_defaults_of_the_papers():
     assert (cfg.alpha, cfg.sequences, cfg.shift, cfg.batch_size, cfg.lr) == (10, 2000, 8, 256, 1e-3)
     assert v.segment_frames(cfg) == 20 == v.segment_frames(v.Config(**v.TOY)) and v.VARIANCE == 0.25
     assert cfg.win == cfg.n_fft == 0.025 * cfg.sample_rate and cfg.hop == 0.010 * cfg.sample_rate
-    group, = v.make_optimizers(v.Model(cfg, 2), cfg)["autoencoder"].param_groups
-    assert group["betas"] == (0.95, 0.999) and group["lr"] == 1e-3 and group["eps"] == 1e-8 and not group["weight_decay"]
+    (group,) = v.make_optimizers(v.Model(cfg, 2), cfg)["autoencoder"].param_groups
+    assert (
+        group["betas"] == (0.95, 0.999)
+        and group["lr"] == 1e-3
+        and group["eps"] == 1e-8
+        and not group["weight_decay"]
+    )
 
 
 def test_initial_weights():
@@ -110,8 +147,12 @@ def test_encoder_reads_every_layer_of_each_item():
     net, x, z = tiny().z1_encoder, torch.randn(4, 20, 101), torch.randn(4, 5)
     first, second = nn.LSTM(106, 12, batch_first=True), nn.LSTM(12, 12, batch_first=True)
     for layer, copy in enumerate((first, second)):
-        copy.load_state_dict({f"{kind}_l0": getattr(net.lstm, f"{kind}_l{layer}")
-                              for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
+        copy.load_state_dict(
+            {
+                f"{kind}_l0": getattr(net.lstm, f"{kind}_l{layer}")
+                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            }
+        )
     a = first(torch.cat([x, z[:, None].expand(-1, 20, -1)], 2))[0]
     h = torch.cat([a[:, -1], second(a)[0][:, -1]], 1)
     close(net(x, z)[0], net.mu(h), 1e-5)
@@ -151,7 +192,9 @@ def test_log_magnitude_against_numpy():
     cfg, wave = v.Config(**TINY), torch.randn(1, 1000)
     x = v.log_magnitude(wave, cfg)[0]
     assert x.shape == (13, 101)
-    frame = wave[0, 400 - 100:400 + 100].numpy() * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(200) / 200))
+    frame = wave[0, 400 - 100 : 400 + 100].numpy() * (
+        0.5 - 0.5 * np.cos(2 * np.pi * np.arange(200) / 200)
+    )
     close(x[5], np.log(np.abs(np.fft.rfft(frame))), 1e-3)
     assert (v.log_magnitude(torch.zeros(1, 1000), cfg) == math.log(1e-5)).all()
 
@@ -179,7 +222,9 @@ def test_preemphasis_would_change_nothing():
     sample before it."""
     corpus, cfg = Stub(LENGTHS), v.Config(**TINY)
     wave = torch.cat([corpus.wave(u) for u in corpus.train])
-    plain, filtered = (v.log_magnitude(w[None], cfg)[0] for w in (wave[1:], wave[1:] - 0.97 * wave[:-1]))
+    plain, filtered = (
+        v.log_magnitude(w[None], cfg)[0] for w in (wave[1:], wave[1:] - 0.97 * wave[:-1])
+    )
     tidy = lambda x: (x - x.mean(0)) / x.std(0)
     distance = (tidy(plain) - tidy(filtered))[:, 1:].abs().mean()
     assert distance < 0.1, distance
@@ -191,17 +236,25 @@ def test_training_segments_are_frames_of_the_utterance():
     model, _, cfg = started(corpus)
     drawn = v.segments(model, corpus, cfg, 0, 0, np.array([0, 1, 2, 0]))
     again = v.segments(model, corpus, cfg, 0, 1, np.array([0, 1, 2, 0]))
-    assert drawn.shape == (4, 20, 101) and not torch.equal(drawn, again) and not torch.equal(drawn[0], drawn[3])
+    assert (
+        drawn.shape == (4, 20, 101)
+        and not torch.equal(drawn, again)
+        and not torch.equal(drawn[0], drawn[3])
+    )
     assert torch.equal(drawn, v.segments(model, corpus, cfg, 0, 0, np.array([0, 1, 2, 0])))
     rng = np.random.default_rng((0, 0, 0, 0))
     first = (rng.random(4) * (8000 - 1840 + 1)).astype(int)
     for row, u, at in zip(drawn, (0, 1, 2, 0), first):
-        x = model.features(corpus.wave(u)[None, at - 800 if at >= 800 else at % 80:])[0]     # begins elsewhere
+        x = model.features(corpus.wave(u)[None, at - 800 if at >= 800 else at % 80 :])[
+            0
+        ]  # begins elsewhere
         place = 12 if at >= 800 else 2 + at // 80
-        close(row, x[place:place + 20], 1e-4)
+        close(row, x[place : place + 20], 1e-4)
 
 
-@pytest.mark.parametrize("frames, count", [(5, 1), (19, 1), (20, 1), (27, 1), (28, 2), (100, 11), (300, 36)])
+@pytest.mark.parametrize(
+    "frames, count", [(5, 1), (19, 1), (20, 1), (27, 1), (28, 2), (100, 11), (300, 36)]
+)
 def test_segments_that_count(frames, count):
     """floor((L - 20) / 8) + 1; an utterance shorter than a segment has one (D3)."""
     corpus = Stub(((frames - 1) * 80 + 40,) * 4, held=1)
@@ -221,24 +274,40 @@ def test_a_crop_that_holds_no_frame(crop):
 
 def test_tiles(monkeypatch):
     """Of the s-vector: segments end to end, the tail dropped; what is too short is repeated."""
-    model, x, seen = tiny(), torch.arange(47.)[:, None].expand(-1, 101), []
+    model, x, seen = tiny(), torch.arange(47.0)[:, None].expand(-1, 101), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda segments: seen.append(segments) or encode(segments))
 
     def tiles(x):
         model.summary(x)
         return seen[-1]
+
     assert tiles(x)[..., 0].tolist() == [list(range(20)), list(range(20, 40))]
     assert tiles(x[:15])[0, :, 0].tolist() == [*range(15), *range(5)]
-    assert [len(tiles(x.repeat(7, 1)[:n])) for n in (20, 27, 28, 39, 100, 300)] == [1, 1, 1, 1, 5, 15]
+    assert [len(tiles(x.repeat(7, 1)[:n])) for n in (20, 27, 28, 39, 100, 300)] == [
+        1,
+        1,
+        1,
+        1,
+        5,
+        15,
+    ]
 
 
 # -------------------- the objective --------------------
 def test_kl_values():
-    kl = lambda m, l, p, var: v.kl(torch.tensor(m, dtype=torch.float64), torch.tensor(l, dtype=torch.float64), p, var)
+    kl = lambda m, l, p, var: v.kl(
+        torch.tensor(m, dtype=torch.float64), torch.tensor(l, dtype=torch.float64), p, var
+    )
     quarter = math.log(0.25)
-    for (m, l, p, var), expected in {(1, 0, 0, 1): 0.5, (0, quarter, 0, 1): 0.3181471806, (0.5, -1, 0, 1): 0.3089397206,
-                                     (1, quarter, 0, 0.25): 2, (3, 0, 3, 0.25): 0.8068528194, (3, quarter, 3, 0.25): 0}.items():
+    for (m, l, p, var), expected in {
+        (1, 0, 0, 1): 0.5,
+        (0, quarter, 0, 1): 0.3181471806,
+        (0.5, -1, 0, 1): 0.3089397206,
+        (1, quarter, 0, 0.25): 2,
+        (3, 0, 3, 0.25): 0.8068528194,
+        (3, quarter, 3, 0.25): 0,
+    }.items():
         close(kl(float(m), float(l), p, var), expected, 1e-9)
     m, l, p = torch.randn(9), torch.randn(9), torch.randn(9)
     close(v.kl(m, l, p, 0.25), kl_divergence(Normal(m, (l / 2).exp()), Normal(p, 0.5)), 1e-5)
@@ -246,10 +315,14 @@ def test_kl_values():
     close(v.log_normal(x, m, l), Normal(m, (l / 2).exp()).log_prob(x), 1e-5)
 
 
-@pytest.mark.parametrize("m2, table, expected", [
-    ([1., 0], [[1., 0], [0, 0], [0, 1]], [-0.1429316285, -2.1429316285, -4.1429316285]),
-    ([0.3], [[0.], [1]], [-0.3711006659, -1.1711006659]),
-    ([0.5, 0.5], [[0., 0], [0, 1], [1, 0], [1, 1]], [-1.3862943611] * 4)])
+@pytest.mark.parametrize(
+    "m2, table, expected",
+    [
+        ([1.0, 0], [[1.0, 0], [0, 0], [0, 1]], [-0.1429316285, -2.1429316285, -4.1429316285]),
+        ([0.3], [[0.0], [1]], [-0.3711006659, -1.1711006659]),
+        ([0.5, 0.5], [[0.0, 0], [0, 1], [1, 0], [1, 1]], [-1.3862943611] * 4),
+    ],
+)
 def test_log_posterior_values(m2, table, expected):
     """A log probability: added to the bound, not taken away. Maximising cross-entropy was a mistake of ports."""
     m2, table = torch.tensor([m2], dtype=torch.float64), torch.tensor(table, dtype=torch.float64)
@@ -257,8 +330,8 @@ def test_log_posterior_values(m2, table, expected):
 
 
 def test_log_posterior_gradients():
-    m2 = torch.tensor([[1., 0]], dtype=torch.float64, requires_grad=True)
-    table = torch.tensor([[1., 0], [0, 0], [0, 1]], dtype=torch.float64, requires_grad=True)
+    m2 = torch.tensor([[1.0, 0]], dtype=torch.float64, requires_grad=True)
+    table = torch.tensor([[1.0, 0], [0, 0], [0, 1]], dtype=torch.float64, requires_grad=True)
     v.log_posterior(m2, table)[0, 0].backward()
     close(m2.grad[0], [0.5327, -0.0635], 1e-4)
     close(table.grad, [[0, 0], [-0.4692, 0], [-0.0635, 0.0635]], 1e-4)
@@ -267,7 +340,10 @@ def test_log_posterior_gradients():
 def test_log_posterior_is_the_naive_one_and_invariant():
     m2, table = torch.randn(6, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     naive = (-(m2[:, None] - table).square().sum(-1) / (2 * 0.25)).log_softmax(1)
-    turn, move = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0], torch.randn(5, dtype=torch.float64)
+    turn, move = (
+        torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0],
+        torch.randn(5, dtype=torch.float64),
+    )
     close(v.log_posterior(m2, table), naive, 1e-9)
     close(v.log_posterior((m2 + move) @ turn, (table + move) @ turn), naive, 1e-9)
     l2, y = torch.randn(6, 1, dtype=torch.float64).expand(6, 5), torch.tensor([0, 3, 3, 1, 8, 2])
@@ -281,9 +357,17 @@ def test_log_posterior_makes_no_large_tensor():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **kwargs or {})
-            self.size = max(self.size, *(t.numel() for t in (out if isinstance(out, tuple) else (out,))
-                                         if isinstance(t, torch.Tensor)), 0)
+            self.size = max(
+                self.size,
+                *(
+                    t.numel()
+                    for t in (out if isinstance(out, tuple) else (out,))
+                    if isinstance(t, torch.Tensor)
+                ),
+                0,
+            )
             return out
+
     table = torch.randn(300, 32, requires_grad=True)
     with Largest() as largest:
         v.log_posterior(torch.randn(64, 32, requires_grad=True), table)[:, 0].sum().backward()
@@ -291,34 +375,52 @@ def test_log_posterior_makes_no_large_tensor():
 
 
 def test_closed_form():
-    z = torch.tensor([[1., 2], [3, 0], [2, 1]], dtype=torch.float64)
+    z = torch.tensor([[1.0, 2], [3, 0], [2, 1]], dtype=torch.float64)
     mu = v.closed_form(z.sum(0), 3).requires_grad_()
     close(mu, [1.8461538462, 0.9230769231], 1e-9)
-    (Normal(mu, 0.5).log_prob(z).sum() + Normal(0., 1.).log_prob(mu).sum()).backward()
+    (Normal(mu, 0.5).log_prob(z).sum() + Normal(0.0, 1.0).log_prob(mu).sum()).backward()
     close(mu.grad, [0, 0], 1e-9)
-    close(v.closed_form(torch.tensor(1.), 1), 0.8)
-    close(v.closed_form(torch.tensor(0.), 0), 0)
+    close(v.closed_form(torch.tensor(1.0), 1), 0.8)
+    close(v.closed_form(torch.tensor(0.0), 0), 0)
     close(v.closed_form(torch.tensor(3e6), 1_000_000), 3, 1e-5)
 
 
 class Fixed(SimpleNamespace):
     """Stands for a model whose networks' outputs are known; remembers what they were given."""
+
     def __init__(self, m1, l1, m2, l2, x_mu, x_lv):
         seen = {}
         note = lambda name, out: lambda *given: seen.update({name: given}) or out
-        super().__init__(z2_encoder=note("z2", (m2, l2)), z1_encoder=note("z1", (m1, l1)),
-                         decoder=note("x", (x_mu, x_lv)), seen=seen)
+        super().__init__(
+            z2_encoder=note("z2", (m2, l2)),
+            z1_encoder=note("z1", (m1, l1)),
+            decoder=note("x", (x_mu, x_lv)),
+            seen=seen,
+        )
 
 
 def test_objective_by_hand():
     """F = 1, T = 2: every term, their sum with log p(mu2) / N, and the loss."""
     row = lambda *values: torch.tensor([values])
-    x, zero = torch.tensor([[[1.], [0.]]]), torch.zeros(1, 2, 1)
-    model = Fixed(row(0.5, -0.25), row(-1., -2.), row(1., 0.), torch.full((1, 2), math.log(0.25)), zero, zero)
-    table = torch.tensor([[1., 0], [0, 0], [0, 1]])
+    x, zero = torch.tensor([[[1.0], [0.0]]]), torch.zeros(1, 2, 1)
+    model = Fixed(
+        row(0.5, -0.25),
+        row(-1.0, -2.0),
+        row(1.0, 0.0),
+        torch.full((1, 2), math.log(0.25)),
+        zero,
+        zero,
+    )
+    table = torch.tensor([[1.0, 0], [0, 0], [0, 1]])
     terms = v.objective(model, x, torch.tensor([0]), torch.tensor([10]), table)
-    expected = dict(log_px=-2.3378770664, kl_z1=0.9078573622, kl_z2=0, log_pmu2=-2.3378770664, bound=-3.4795221353,
-                    log_qy=-0.1429316285)
+    expected = dict(
+        log_px=-2.3378770664,
+        kl_z1=0.9078573622,
+        kl_z2=0,
+        log_pmu2=-2.3378770664,
+        bound=-3.4795221353,
+        log_qy=-0.1429316285,
+    )
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         close(terms[name][0], value, 1e-5)
@@ -327,24 +429,43 @@ def test_objective_by_hand():
 
 def test_likelihood_is_a_sum():
     """Over frames and bins, per item; not a mean, which would change the balance with the rest by 4020."""
-    for bins, x, log_var, expected in ((80, 0, 0, -1470.3016531275), (200, 0, 0, -3675.7541328187), (201, 0, 0, -3694.1329034828),
-                                       (80, 1, 0, -2270.3016531275), (80, 1, math.log(0.5), -2515.7839086795)):
+    for bins, x, log_var, expected in (
+        (80, 0, 0, -1470.3016531275),
+        (200, 0, 0, -3675.7541328187),
+        (201, 0, 0, -3694.1329034828),
+        (80, 1, 0, -2270.3016531275),
+        (80, 1, math.log(0.5), -2515.7839086795),
+    ):
         shape, z = (2, 20, bins), torch.zeros(2, 32)
         model = Fixed(z, z, z, z + math.log(0.25), torch.zeros(shape), torch.full(shape, log_var))
-        terms = v.objective(model, torch.full(shape, float(x)), torch.tensor([0, 1]), 5, torch.zeros(2, 32))
+        terms = v.objective(
+            model, torch.full(shape, float(x)), torch.tensor([0, 1]), 5, torch.zeros(2, 32)
+        )
         close(terms["log_px"], [expected] * 2, 1e-5)
         close(terms["log_pmu2"], [-29.4060330625] * 2, 1e-6)
         close(terms["bound"], terms["log_px"] - 29.4060330625 / 5, 1e-5)
     terms = v.objective(model, torch.zeros(shape), torch.tensor([1, 0]), 5, torch.ones(2, 32))
     close(terms["log_pmu2"], [-45.4060330625] * 2, 1e-6)
     model = Fixed(z, z, z, z, torch.zeros(shape), torch.zeros(shape))
-    close(v.objective(model, torch.zeros(shape), torch.tensor([1, 0]), 5, torch.zeros(2, 32))["kl_z2"], [25.8192902221] * 2)
+    close(
+        v.objective(model, torch.zeros(shape), torch.tensor([1, 0]), 5, torch.zeros(2, 32))[
+            "kl_z2"
+        ],
+        [25.8192902221] * 2,
+    )
 
 
 def test_samples_go_on_and_the_mean_is_classified():
     """The z1 encoder and the decoder get the SAMPLE of z2, and the decoder that of z1; log q(y) is of the mean of z2."""
-    m1, m2, wide, shape = torch.randn(4000, 3), torch.randn(4000, 5), torch.full((4000, 5), math.log(4.)), (4000, 1, 2)
-    model = Fixed(m1, wide[:, :3] - math.log(16.), m2, wide, torch.zeros(shape), torch.zeros(shape))
+    m1, m2, wide, shape = (
+        torch.randn(4000, 3),
+        torch.randn(4000, 5),
+        torch.full((4000, 5), math.log(4.0)),
+        (4000, 1, 2),
+    )
+    model = Fixed(
+        m1, wide[:, :3] - math.log(16.0), m2, wide, torch.zeros(shape), torch.zeros(shape)
+    )
     table, y = torch.randn(7, 5), torch.randint(7, (4000,))
     terms = v.objective(model, torch.zeros(shape), y, 5, table)
     z2, (z1, z2_again, frames) = model.seen["z1"][1], model.seen["x"]
@@ -372,7 +493,9 @@ def test_the_posterior_of_z2_knows_neither_table_nor_row():
     for table, rows, n in ((model.table, y, 5), (torch.randn(9, 5), 8 - y, 70)):
         torch.manual_seed(1)
         results.append(v.objective(model, x, rows, n, table))
-    assert torch.equal(results[0]["log_px"], results[1]["log_px"]) and torch.equal(results[0]["kl_z1"], results[1]["kl_z1"])
+    assert torch.equal(results[0]["log_px"], results[1]["log_px"]) and torch.equal(
+        results[0]["kl_z1"], results[1]["kl_z1"]
+    )
     assert not torch.isclose(results[0]["kl_z2"], results[1]["kl_z2"]).any()
 
 
@@ -380,7 +503,9 @@ def test_size_of_the_terms_at_the_start():
     """The scalable paper's model on N(0, 1) data with the random table: no sum or mean is out of place."""
     model = v.Model(v.Config(n_fft=158), 2)
     terms = v.objective(model, torch.randn(64, 20, 80), torch.arange(64), 30, model.table)
-    log_px, kl_z1, kl_z2, log_qy = (terms[name].mean().item() for name in ("log_px", "kl_z1", "kl_z2", "log_qy"))
+    log_px, kl_z1, kl_z2, log_qy = (
+        terms[name].mean().item() for name in ("log_px", "kl_z1", "kl_z2", "log_qy")
+    )
     assert -2450 < log_px < -2250 and 0.3 < kl_z1 < 4 and 75 < kl_z2 < 110 and -55 < log_qy < -25
 
 
@@ -393,13 +518,20 @@ def test_a_pass():
         sequences, segments, order = v.draw_pass(corpus, cfg, number)
         assert len(set(sequences)) == 4 and set(sequences) <= set(corpus.train)
         assert segments.tolist() == [max(0, 1 + LENGTHS[u] // 80 - 20) // 8 + 1 for u in sequences]
-        assert np.bincount(order, minlength=4).tolist() == segments.tolist() and (np.diff(order) < 0).any()
+        assert (
+            np.bincount(order, minlength=4).tolist() == segments.tolist()
+            and (np.diff(order) < 0).any()
+        )
         seen |= {tuple(sequences), tuple(order)}
-        assert all(map(np.array_equal, v.draw_pass(corpus, cfg, number), (sequences, segments, order)))
-    assert len(seen) == 40 and set().union(*(v.draw_pass(corpus, cfg, i)[0] for i in range(20))) == set(corpus.train)
+        assert all(
+            map(np.array_equal, v.draw_pass(corpus, cfg, number), (sequences, segments, order))
+        )
+    assert len(seen) == 40 and set().union(
+        *(v.draw_pass(corpus, cfg, i)[0] for i in range(20))
+    ) == set(corpus.train)
     first, other = v.draw_pass(corpus, cfg, 0), v.draw_pass(corpus, replace(cfg, seed=1), 0)
     assert not np.array_equal(first[2], other[2])
-    crops = np.random.default_rng((0, 0, 0, 0))                              # the stream of get_batch in step 0
+    crops = np.random.default_rng((0, 0, 0, 0))  # the stream of get_batch in step 0
     assert not np.array_equal(first[0], crops.choice(corpus.train, 4, replace=False))
 
 
@@ -410,6 +542,7 @@ def spied(monkeypatch):
     def spy(model, corpus, cfg, step, draw, utterances):
         drawn.append((step, draw, utterances, segments(model, corpus, cfg, step, draw, utterances)))
         return drawn[-1][3]
+
     monkeypatch.setattr(v, "segments", spy)
     return drawn
 
@@ -418,7 +551,7 @@ def test_the_table_is_filled_by_the_closed_form(monkeypatch):
     """From N random segments of each sequence, with the network as it is; not those that are then learned from."""
     drawn, corpus = spied(monkeypatch), Stub(LENGTHS)
     model, optimizers, cfg = started(corpus, seed=3)
-    (step, draw, utterances, x), = drawn
+    ((step, draw, utterances, x),) = drawn
     sequences, segments, order = v.draw_pass(corpus, cfg, 0)
     assert sequences.tolist() != sorted(sequences) and len(set(segments)) > 2
     assert draw > 0 and len(x) == segments.sum()
@@ -428,11 +561,20 @@ def test_the_table_is_filled_by_the_closed_form(monkeypatch):
         assert len(mine) == segments[row]
         close(model.table[row], mine.sum(0) / (len(mine) + 0.25), 1e-5)
     table, objective, rows = model.table.clone(), v.objective, []
-    monkeypatch.setattr(v, "objective", lambda model, x, y, n, table: rows.append((x, y, n, len(table)))
-                        or objective(model, x, y, n, table))
+    monkeypatch.setattr(
+        v,
+        "objective",
+        lambda model, x, y, n, table: (
+            rows.append((x, y, n, len(table))) or objective(model, x, y, n, table)
+        ),
+    )
     v.train_step(model, optimizers, corpus, 0, cfg)
-    (x, y, n, K), = rows
-    assert np.array_equal(drawn[1][2], sequences[order[:6]]) and torch.equal(x, drawn[1][3]) and drawn[1][1] == 0
+    ((x, y, n, K),) = rows
+    assert (
+        np.array_equal(drawn[1][2], sequences[order[:6]])
+        and torch.equal(x, drawn[1][3])
+        and drawn[1][1] == 0
+    )
     assert y.tolist() == order[:6].tolist() and n.tolist() == segments[y].tolist() and K == 4
     assert not any(torch.equal(a, b) for a in drawn[0][3] for b in x)
     assert (model.table != table).any(1).all()
@@ -450,8 +592,10 @@ def test_passes_follow_each_other(monkeypatch):
             v.train_step(model, optimizers, corpus, step, cfg)
             assert all(d[0] == step for d in drawn[before:]) and drawn[-1][1] == 0
             assert model.progress.tolist() == [number, step - i]
-            assert np.array_equal(drawn[-1][2], sequences[order[6 * i:6 * i + 6]])
-            assert len(drawn) - before == 1 + (i == 0 and number > 0)        # the first fill was prepare's
+            assert np.array_equal(drawn[-1][2], sequences[order[6 * i : 6 * i + 6]])
+            assert len(drawn) - before == 1 + (
+                i == 0 and number > 0
+            )  # the first fill was prepare's
             step += 1
         begun.append(tuple(sequences))
     assert len(set(begun)) == 4
@@ -482,7 +626,11 @@ def test_ranks_share_a_pass(monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr(v, "RANK", rank)
         rows = given[rank] = []
-        monkeypatch.setattr(v, "objective", lambda model, x, y, n, table: rows.append(y) or objective(model, x, y, n, table))
+        monkeypatch.setattr(
+            v,
+            "objective",
+            lambda model, x, y, n, table: rows.append(y) or objective(model, x, y, n, table),
+        )
         model, optimizers, cfg = started(corpus, batch_size=2)
         order = v.draw_pass(corpus, cfg, 0)[2]
         steps = len(order) // 4
@@ -490,18 +638,20 @@ def test_ranks_share_a_pass(monkeypatch):
             v.train_step(model, optimizers, corpus, step, cfg)
             assert model.progress.tolist() == ([0, 0] if step < steps else [1, steps])
     both = torch.cat([torch.cat([a, b]) for a, b in zip(given[0][:-1], given[1][:-1])])
-    assert both.tolist() == order[:4 * steps].tolist() and steps > 2
+    assert both.tolist() == order[: 4 * steps].tolist() and steps > 2
     tables = []
     for together in (False, True):
         torch.manual_seed(7)
         monkeypatch.setattr(v.dist, "is_initialized", lambda: together)
-        monkeypatch.setattr(v.dist, "all_reduce", lambda x: x.mul_(2).add_(1))       # the sum with such another rank
+        monkeypatch.setattr(
+            v.dist, "all_reduce", lambda x: x.mul_(2).add_(1)
+        )  # the sum with such another rank
         tables.append(started(corpus)[0].table)
     close(tables[1], tables[0] + 1, 1e-6)
 
 
 def test_a_pass_of_exactly_one_batch():
-    corpus = Stub((80 * 27,) * 7, held=1)                                    # two segments each
+    corpus = Stub((80 * 27,) * 7, held=1)  # two segments each
     model, optimizers, cfg = started(corpus, sequences=3)
     for step in range(3):
         v.train_step(model, optimizers, corpus, step, cfg)
@@ -521,7 +671,7 @@ def test_a_table_for_all_sequences_is_the_training_of_2017():
         for step in range(60):
             before = model.table.clone()
             v.train_step(model, optimizers, corpus, step, cfg)
-            assert (model.table - before).abs().max() < 5 * cfg.lr           # Adam's step, no refill
+            assert (model.table - before).abs().max() < 5 * cfg.lr  # Adam's step, no refill
             passes.append(model.progress[0].item())
         assert passes[-1] >= 2 and torch.equal(model.table[7:], spare)
         assert all(np.array_equal(v.draw_pass(corpus, cfg, i)[0], corpus.train) for i in range(3))
@@ -544,7 +694,9 @@ def test_the_label_is_the_utterance_never_the_speaker():
 def test_too_few_segments_for_a_batch():
     corpus = Stub((2000,) * 5)
     model, optimizers, cfg = started(corpus)
-    with pytest.raises(v.UserError, match="3 segments fill no batch; lower --batch-size or raise --sequences"):
+    with pytest.raises(
+        v.UserError, match="3 segments fill no batch; lower --batch-size or raise --sequences"
+    ):
         v.train_step(model, optimizers, corpus, 0, cfg)
 
 
@@ -553,7 +705,7 @@ def test_one_step_is_adams_on_the_loss():
     corpus = Stub(LENGTHS)
     model, optimizers, cfg = started(corpus, seed=3, alpha=3.0)
     for p in model.parameters():
-        p.grad = torch.full_like(p, 1e3)                                     # to be zeroed
+        p.grad = torch.full_like(p, 1e3)  # to be zeroed
     sequences, segments, order = v.draw_pass(corpus, cfg, 0)
     x, y = v.segments(model, corpus, cfg, 0, 0, sequences[order[:6]]), torch.from_numpy(order[:6])
     torch.manual_seed(9)
@@ -573,8 +725,14 @@ def test_overfits_a_few_utterances():
     corpus = Stub(LENGTHS)
     model, optimizers, cfg = started(corpus, lr=5e-3, hidden=24, batch_size=16, sequences=7)
     logs = [v.train_step(model, optimizers, corpus, step, cfg) for step in range(150)]
-    first, last = ({k: np.mean([log[k] for log in part]) for k in logs[0]} for part in (logs[:10], logs[-10:]))
-    assert last["log_px"] > first["log_px"] + 300 and last["log_qy"] > first["log_qy"] + 1 and last["bound"] > first["bound"] + 300
+    first, last = (
+        {k: np.mean([log[k] for log in part]) for k in logs[0]} for part in (logs[:10], logs[-10:])
+    )
+    assert (
+        last["log_px"] > first["log_px"] + 300
+        and last["log_qy"] > first["log_qy"] + 1
+        and last["bound"] > first["bound"] + 300
+    )
 
 
 # -------------------- what it is good for --------------------
@@ -582,18 +740,25 @@ def test_represent_covers_the_utterance():
     """ceil(L / shift) vectors, evenly spread, of the segment round each; near the ends the first and last one again. With
     shift 1 these are 9 copies before and 10 after."""
     model, wave = tiny(shift=1), 0.1 * torch.randn(4000)
-    x = model.features(wave[None])[0]                                        # (51, F)
+    x = model.features(wave[None])[0]  # (51, F)
     got = v.represent(model, wave, model.cfg)
-    z1, z2 = model.encode(torch.stack([x[i:i + 20] for i in range(32)]))
+    z1, z2 = model.encode(torch.stack([x[i : i + 20] for i in range(32)]))
     pad = lambda z: torch.cat([z[:1].expand(9, -1), z, z[-1:].expand(10, -1)])
     close(got["z1"], pad(z1), 1e-5)
     close(got["z2"], pad(z2), 1e-5)
     sparse = tiny(shift=8)
     sparse.load_state_dict(model.state_dict())
     other = v.represent(sparse, wave, sparse.cfg)
-    close(other["z1"], got["z1"][[3, 10, 18, 25, 32, 40, 47]], 1e-5)     # 51 / 7 (i + 1 / 2)
-    assert other["z1"].shape == (7, 3) and other["z2"].shape == (7, 5) and torch.equal(other["mu2"], got["mu2"])
-    assert all(torch.equal(x, y) for x, y in zip(v.represent(model, wave, model.cfg).values(), got.values()))
+    close(other["z1"], got["z1"][[3, 10, 18, 25, 32, 40, 47]], 1e-5)  # 51 / 7 (i + 1 / 2)
+    assert (
+        other["z1"].shape == (7, 3)
+        and other["z2"].shape == (7, 5)
+        and torch.equal(other["mu2"], got["mu2"])
+    )
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(v.represent(model, wave, model.cfg).values(), got.values())
+    )
 
 
 def test_codes_are_means():
@@ -619,12 +784,12 @@ def test_rebuild_slides_by_one_frame():
     model, x, shift = tiny(), torch.randn(31, 101), torch.randn(5)
     frames = []
     for i in range(12):
-        m2 = model.z2_encoder(x[None, i:i + 20])[0]
-        y = model.decoder(model.z1_encoder(x[None, i:i + 20], m2)[0], m2 + shift, 20)[0][0]
+        m2 = model.z2_encoder(x[None, i : i + 20])[0]
+        y = model.decoder(model.z1_encoder(x[None, i : i + 20], m2)[0], m2 + shift, 20)[0][0]
         frames += [*y] if not i else [y[-1]]
     close(model.rebuild(x, shift), torch.stack(frames), 1e-5)
     assert model.rebuild(x[:7]).shape == (7, 101) and model.rebuild(x[:20]).shape == (20, 101)
-    long, small = torch.randn(2100, 101), tiny(hidden=4)                     # more segments than go in at once
+    long, small = torch.randn(2100, 101), tiny(hidden=4)  # more segments than go in at once
     close(small.rebuild(long)[2060:], small.rebuild(long[2041:])[19:], 1e-5)
     assert small.rebuild(long).shape == (2100, 101)
 
@@ -633,7 +798,9 @@ def test_conversion_moves_z2_by_the_difference_of_s_vectors(monkeypatch):
     model, cfg = tiny(), v.Config(**TINY)
     a, b = 0.1 * torch.randn(4000), 0.1 * torch.randn(6000).cumsum(0).sin()
     shifts, rebuild = [], model.rebuild
-    monkeypatch.setattr(model, "rebuild", lambda x, shift: shifts.append(shift) or rebuild(x, shift))
+    monkeypatch.setattr(
+        model, "rebuild", lambda x, shift: shifts.append(shift) or rebuild(x, shift)
+    )
     to_b, back, same, none = v.convert(model, [a, b, a, a], [b, a, a, None], cfg)
     mu = lambda w: v.represent(model, w, cfg)["mu2"]
     close(shifts[0], mu(b) - mu(a), 1e-6)
@@ -653,8 +820,10 @@ def test_vocode_undoes_features():
 def test_vocode_gives_as_many_samples_as_asked(monkeypatch):
     """The last frame once more, for what lies behind it; the spectrum in between is exp of the features."""
     model, x, seen = tiny(), torch.randn(1, 9, 101), []
-    monkeypatch.setattr(v, "griffin_lim", lambda magnitude, cfg: seen.append(magnitude) or torch.arange(720.)[None])
-    assert torch.equal(model.vocode(x, 700), torch.arange(700.)[None])
+    monkeypatch.setattr(
+        v, "griffin_lim", lambda magnitude, cfg: seen.append(magnitude) or torch.arange(720.0)[None]
+    )
+    assert torch.equal(model.vocode(x, 700), torch.arange(700.0)[None])
     close(seen[0][:, :9], (x * model.std + model.mean).exp(), 1e-5)
     assert torch.equal(seen[0][0, 9], seen[0][0, 8]) and seen[0].shape == (1, 10, 101)
 
@@ -663,7 +832,7 @@ def test_vocode_gives_as_many_samples_as_asked(monkeypatch):
 def test_any_length_goes_in_and_comes_out(samples):
     model, wave = tiny(), 0.1 * torch.randn(samples)
     for target in (None, 0.1 * torch.randn(300)):
-        out, = v.convert(model, [wave], [target], model.cfg)
+        (out,) = v.convert(model, [wave], [target], model.cfg)
         assert out.shape == wave.shape and out.isfinite().all()
     assert all(x.isfinite().all() for x in v.represent(model, wave, model.cfg).values())
 
@@ -673,27 +842,38 @@ def test_lda_of_two_speakers():
     """One direction, W^-1 (mean_a - mean_b); classes need not be numbered from 0."""
     x = torch.randn(400, 4, dtype=torch.float64) @ torch.randn(4, 4, dtype=torch.float64)
     y = torch.arange(400) % 2 * 5 + 2
-    x[y == 7] += torch.tensor([1., 0, 2, 0])
+    x[y == 7] += torch.tensor([1.0, 0, 2, 0])
     a, b = x[y == 2], x[y == 7]
     within = (a.T.cov(correction=0) + b.T.cov(correction=0)) / 2
     within += (1e-3 * within.diagonal().mean() + 1e-6) * torch.eye(4)
     expected, got = torch.linalg.solve(within, a.mean(0) - b.mean(0)), v.lda(x, y).double()
     assert got.shape == (4, 1)
     close(torch.cosine_similarity(got[:, 0], expected, 0).abs(), 1, 1e-6)
-    close(got.T @ within @ got, [[1.]], 1e-5)
+    close(got.T @ within @ got, [[1.0]], 1e-5)
 
 
 def test_lda_finds_the_speaker():
     """A direction that tells speakers apart under much louder ones that do not; at most 24."""
     y = torch.arange(1200) % 40
-    x = torch.cat([20 * torch.randn(1200, 60), torch.randn(40, 30)[y] + 0.3 * torch.randn(1200, 30)], 1)
+    x = torch.cat(
+        [20 * torch.randn(1200, 60), torch.randn(40, 30)[y] + 0.3 * torch.randn(1200, 30)], 1
+    )
     low, high = v.equal_error_rate(x @ v.lda(x, y), y), v.equal_error_rate(x, y)
     assert v.lda(x, y).shape == (90, 24) and low < 0.1 < 0.4 < high
 
 
-@pytest.mark.parametrize("x", [1e-3 * torch.ones(30, 8), torch.cat([1e3 * torch.randn(30, 1), 1e-4 * torch.randn(30, 79)], 1)])
+@pytest.mark.parametrize(
+    "x",
+    [
+        1e-3 * torch.ones(30, 8),
+        torch.cat([1e3 * torch.randn(30, 1), 1e-4 * torch.randn(30, 79)], 1),
+    ],
+)
 def test_lda_of_what_hardly_varies(x):
-    assert v.lda(x, torch.arange(30) % 3).isfinite().all() and v.lda(x, torch.arange(30)).isfinite().all()
+    assert (
+        v.lda(x, torch.arange(30) % 3).isfinite().all()
+        and v.lda(x, torch.arange(30)).isfinite().all()
+    )
 
 
 def test_verification_is_fitted_on_training_and_scored_on_test():
@@ -704,12 +884,17 @@ def test_verification_is_fitted_on_training_and_scored_on_test():
     assert set(eer) == {"mu1", "mu2", "log_mel", "mu1_lda", "mu2_lda", "log_mel_lda"}
     mean = lambda c, us: torch.stack([v.log_mel(c.wave(u)[None], cfg)[0].mean(0) for u in us[:12]])
     x, fit = mean(corpus.test, corpus.test.held), mean(corpus, corpus.train)
-    who = [torch.from_numpy(c.speaker[us[:12]]) for c, us in ((corpus, corpus.train), (corpus.test, corpus.test.held))]
+    who = [
+        torch.from_numpy(c.speaker[us[:12]])
+        for c, us in ((corpus, corpus.train), (corpus.test, corpus.test.held))
+    ]
     assert eer["log_mel"] == v.equal_error_rate(x, who[1])
     assert eer["log_mel_lda"] == v.equal_error_rate(x @ v.lda(fit, who[0]), who[1])
     for i, name in enumerate(("mu1", "mu2")):
         pool = corpus.test
-        z = torch.stack([model.summary(model.features(pool.wave(u)[None])[0])[i] for u in pool.held[:12]])
+        z = torch.stack(
+            [model.summary(model.features(pool.wave(u)[None])[0])[i] for u in pool.held[:12]]
+        )
         assert eer[name] == v.equal_error_rate(z, who[1])
 
 
@@ -718,8 +903,10 @@ def test_sample_writes_and_measures(tmp_path):
     model, _, cfg = started(corpus)
     metrics = v.sample(model.eval(), corpus, cfg, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        *(f"prior_{i}.wav" for i in range(3)), *(f"grid_{i}.wav" for i in range(4)),
-        *(f"noise_{name}.wav" for name in ("clean", "noisy", "denoised"))}
+        *(f"prior_{i}.wav" for i in range(3)),
+        *(f"grid_{i}.wav" for i in range(4)),
+        *(f"noise_{name}.wav" for name in ("clean", "noisy", "denoised")),
+    }
     assert set(metrics) == {"eer", "log_spectral_distance"}
     assert len(v.read_audio(tmp_path / "prior_0.wav", 8000)) == 200 * 80
     assert len(v.read_audio(tmp_path / "grid_1.wav", 8000)) == 80 * 80
@@ -730,16 +917,21 @@ def test_prior_and_middles(tmp_path, monkeypatch):
     corpus = Stub((4000,) * 9, held=2)
     model, _, cfg = started(corpus, d_z1=400, d_z2=300)
     given, encoded, decoder, encode = [], [], model.decoder.forward, model.encode
-    monkeypatch.setattr(model.decoder, "forward", lambda z1, z2, T: given.append((z1, z2)) or decoder(z1, z2, T))
+    monkeypatch.setattr(
+        model.decoder, "forward", lambda z1, z2, T: given.append((z1, z2)) or decoder(z1, z2, T)
+    )
     monkeypatch.setattr(model, "encode", lambda x: encoded.append(x) or encode(x))
     v.sample(model.eval(), corpus, cfg, tmp_path)
     for z1, z2 in given[:3]:
         assert z1.shape == (10, 400) and z2.shape == (10, 300)
-        assert abs(z1.std() - 1) < 0.05 and abs((z2 - z2.mean(0)).square().sum() / 9 / 300 - 0.25) < 0.02
+        assert (
+            abs(z1.std() - 1) < 0.05
+            and abs((z2 - z2.mean(0)).square().sum() / 9 / 300 - 0.25) < 0.02
+        )
         assert abs(z2.mean(0).square().mean() - 1 - 0.025) < 0.25
     assert not torch.equal(given[0][0], given[1][0])
     for x, u in zip(encoded[0], corpus.held):
-        assert torch.equal(x, model.features(corpus.wave(u)[None])[0][15:35])        # of 51 frames
+        assert torch.equal(x, model.features(corpus.wave(u)[None])[0][15:35])  # of 51 frames
 
 
 def test_grid_crosses_the_latents_of_test_utterances(tmp_path, monkeypatch):
@@ -750,10 +942,15 @@ def test_grid_crosses_the_latents_of_test_utterances(tmp_path, monkeypatch):
     corpus.test.held = corpus.test.held[::-1].copy()
     model, _, cfg = started(corpus, d_z1=1, d_z2=1)
     monkeypatch.setattr(model, "encode", lambda x: (x[:, 0, :1], x[:, 0, 1:2]))
-    frames = lambda z1, z2, T: (torch.cat([z1, z2, z1.expand(-1, 99)], 1)[:, None].repeat(1, T, 1), None)
+    frames = lambda z1, z2, T: (
+        torch.cat([z1, z2, z1.expand(-1, 99)], 1)[:, None].repeat(1, T, 1),
+        None,
+    )
     monkeypatch.setattr(model.decoder, "forward", frames)
     monkeypatch.setattr(model, "vocode", lambda x, samples: x)
-    monkeypatch.setattr(v, "write_audio", lambda path, wave, sample_rate: written.update({path.name: wave}))
+    monkeypatch.setattr(
+        v, "write_audio", lambda path, wave, sample_rate: written.update({path.name: wave})
+    )
     v.sample(model.eval(), corpus, cfg, tmp_path)
     first = [model.features(corpus.test.wave(u)[None])[0][(88 - 20) // 2] for u in corpus.test.held]
     assert "grid_4.wav" not in written and len({x[0].item() for x in first}) == 6
@@ -768,7 +965,11 @@ def test_noise_and_its_distance(tmp_path, monkeypatch):
     corpus = Stub((4000,) * 9, [0, 1, 0, 1, 2, 2, 0, 0, 0], held=5)
     model, _, cfg = started(corpus)
     asked, moved, wave = [], [], lambda name: v.read_audio(tmp_path / f"noise_{name}.wav", 8000)
-    monkeypatch.setattr(model, "rebuild", lambda x, shift=None: x if shift is None else moved.append((x, shift)) or 2 * x)
+    monkeypatch.setattr(
+        model,
+        "rebuild",
+        lambda x, shift=None: x if shift is None else moved.append((x, shift)) or 2 * x,
+    )
     monkeypatch.setattr(model, "summary", lambda x: asked.append(x) or (None, x.mean(0)[:5]))
     table = v.denoise(model, corpus, cfg, tmp_path)
     clean, noisy = wave("clean"), wave("noisy")
@@ -778,17 +979,22 @@ def test_noise_and_its_distance(tmp_path, monkeypatch):
     assert table["clean_rebuilt"] == 0 and table["noisy"] == table["noisy_rebuilt"] > 1
     assert len(moved) == 5 and table["denoised"] > 1.5 * table["noisy"]
     features = lambda u: model.features(corpus.wave(u)[None])[0]
-    for i, u in enumerate((2, 3, 0, 1, 0)):                  # another of the speaker, else another utterance
+    for i, u in enumerate((2, 3, 0, 1, 0)):  # another of the speaker, else another utterance
         assert torch.equal(asked[2 * i], features(u))
-        close(moved[i][1], asked[2 * i].mean(0)[:5] - moved[i][0].mean(0)[:5])       # mu2 of the NOISY one
+        close(
+            moved[i][1], asked[2 * i].mean(0)[:5] - moved[i][0].mean(0)[:5]
+        )  # mu2 of the NOISY one
     close(moved[0][0], y, 0.2)
-    monkeypatch.setattr(corpus, "held", corpus.held[:1])                     # nothing else: itself
+    monkeypatch.setattr(corpus, "held", corpus.held[:1])  # nothing else: itself
     alone = v.denoise(model, corpus, cfg, tmp_path)
-    exact = moved[-1][0]                                                     # the noisy features before the wav rounds
+    exact = moved[-1][0]  # the noisy features before the wav rounds
     close(alone["noisy"], distance(x, exact), 1e-4)
     close(alone["denoised"], distance(x, 2 * exact), 1e-4)
     assert torch.equal(asked[-2], features(0))
-    assert distance(x, exact) < 0.999 * ((x - exact) * model.std * 20 / math.log(10)).square().mean().sqrt()
+    assert (
+        distance(x, exact)
+        < 0.999 * ((x - exact) * model.std * 20 / math.log(10)).square().mean().sqrt()
+    )
     close(wave("denoised"), model.vocode(2 * moved[-1][0][None], 4000)[0].clamp(-1, 1), 1e-3)
 
 
@@ -803,15 +1009,22 @@ def test_a_short_run_separates():
         colour = np.random.default_rng(u % 24).normal(0, 0.8, 9)
         gain = np.interp(np.linspace(0, 8, 3201), np.arange(9), colour)
         noise = rng.standard_normal(6400) * np.repeat(rng.uniform(0.2, 1, 4), 1600)
-        tone = sum(np.sin(2 * np.pi * np.repeat(rng.uniform(300, 3000, 4), 1600) * t) for _ in range(2))
+        tone = sum(
+            np.sin(2 * np.pi * np.repeat(rng.uniform(300, 3000, 4), 1600) * t) for _ in range(2)
+        )
         waves.append(0.05 * np.fft.irfft(np.fft.rfft(noise + 3 * tone) * np.exp(gain), 6400))
-    corpus.audio = torch.from_numpy((np.concatenate(waves) * 32768).clip(-32768, 32767).astype(np.int16))
-    model, optimizers, cfg = started(corpus, hidden=32, layers=1, d_z1=8, d_z2=8, sequences=36, batch_size=64, lr=3e-3)
+    corpus.audio = torch.from_numpy(
+        (np.concatenate(waves) * 32768).clip(-32768, 32767).astype(np.int16)
+    )
+    model, optimizers, cfg = started(
+        corpus, hidden=32, layers=1, d_z1=8, d_z2=8, sequences=36, batch_size=64, lr=3e-3
+    )
     who = torch.from_numpy(corpus.speaker[corpus.held])
 
     def rates():
         mus = [model.summary(model.features(corpus.wave(u)[None])[0]) for u in corpus.held]
         return [v.equal_error_rate(torch.stack(mu), who) for mu in zip(*mus)]
+
     with torch.no_grad():
         before = rates()
     logs = [v.train_step(model, optimizers, corpus, step, cfg) for step in range(200)]
@@ -830,6 +1043,6 @@ def test_cuda_equals_cpu():
         close(a.cpu(), b, 1e-3)
     corpus = Stub(LENGTHS)
     model, optimizers, cfg = started(corpus, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):                             # switched off inside
+    with torch.autocast("cuda", torch.bfloat16):  # switched off inside
         log = v.train_step(model, optimizers, corpus, 0, cfg)
     assert all(value.dtype == torch.float32 and value.isfinite() for value in log.values())

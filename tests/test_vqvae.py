@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Checks of the method in vqvae.py: numbers worked out by hand, exact identities, and one short run."""
+
 import math
 
 import numpy as np
@@ -11,10 +12,27 @@ import torch.nn.functional as F
 import vqvae as v
 
 torch.set_num_threads(1)
-NET = dict(residual=8, skip=8, depth=4, cycles=2)                    # a WaveNet that looks back 31 samples
-TINY = dict(sample_rate=8000, n_fft=256, win=200, hop=80, n_mels=40, crop=1280, batch_size=8, lr=4e-3,
-            codes=16, d_code=16, decay=0.95, channels=32, d_condition=16, residual=24, skip=48, cycles=1,
-            depth=6, device="cpu")
+NET = dict(residual=8, skip=8, depth=4, cycles=2)  # a WaveNet that looks back 31 samples
+TINY = dict(
+    sample_rate=8000,
+    n_fft=256,
+    win=200,
+    hop=80,
+    n_mels=40,
+    crop=1280,
+    batch_size=8,
+    lr=4e-3,
+    codes=16,
+    d_code=16,
+    decay=0.95,
+    channels=32,
+    d_condition=16,
+    residual=24,
+    skip=48,
+    cycles=1,
+    depth=6,
+    device="cpu",
+)
 Z = [[0, 0], [1, 0], [3, 2], [4, 2]]
 E = [[0, 1], [3, 1], [9, 9]]
 
@@ -30,8 +48,12 @@ def seed():
 
 
 def close(x, y, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y).to(torch.as_tensor(x).dtype),
-                               atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(x),
+        torch.as_tensor(y).to(torch.as_tensor(x).dtype),
+        atol=tolerance,
+        rtol=tolerance,
+    )
 
 
 def hand(**options):
@@ -51,7 +73,7 @@ def tiny(n_speakers=3, **options):
 def wavenet(condition=5, **options):
     """A WaveNet, an input for 3 streams, and a condition of one code per 8 samples for each."""
     net = v.Decoder(v.Config(**NET | options), condition)
-    N = 8 * (2 * sum(net.dilations) // 8 + 2)                        # over twice the receptive field
+    N = 8 * (2 * sum(net.dilations) // 8 + 2)  # over twice the receptive field
     return net, torch.randint(256, (3, N)), torch.randn(3, N // 8, condition)
 
 
@@ -66,7 +88,7 @@ def tones(n, length=1280):
 # -------------------- straight-through --------------------
 def test_straight_through_copies_the_gradient():
     """9.1: the value is the hard one, the gradient reaches the soft one unchanged."""
-    z, hard, G = *torch.randn(2, 4, 2).requires_grad_(), torch.arange(8.).view(4, 2)
+    z, hard, G = *torch.randn(2, 4, 2).requires_grad_(), torch.arange(8.0).view(4, 2)
     z.retain_grad(), hard.retain_grad()
     out = v.straight_through(hard, z)
     out.backward(G)
@@ -78,7 +100,7 @@ def test_straight_through_passes_the_quantiser():
     """9.1: the quantiser hands the decoder's gradient to the latents, exactly."""
     vq, z = hand()
     z_q, _, _ = vq.eval()(z)
-    z_q.backward(G := torch.arange(8.).view(1, 4, 2))
+    z_q.backward(G := torch.arange(8.0).view(1, 4, 2))
     assert torch.equal(z.grad, G)
 
 
@@ -109,7 +131,7 @@ def test_vq_commitment_value_and_gradient():
     loss = vq.eval()(z)[2]
     loss.backward()
     close(loss, 0.1875)
-    close(z.grad[0], [[0, -.0625], [.0625, -.0625], [0, .0625], [.0625, .0625]])
+    close(z.grad[0], [[0, -0.0625], [0.0625, -0.0625], [0, 0.0625], [0.0625, 0.0625]])
 
 
 def test_vq_codebook_loss_value_and_gradient():
@@ -118,7 +140,7 @@ def test_vq_codebook_loss_value_and_gradient():
     loss = vq.eval()(z)[2]
     loss.backward()
     close(loss, 0.75)
-    close(vq.e.grad, [[-.25, .5], [-.25, -.5], [0, 0]])
+    close(vq.e.grad, [[-0.25, 0.5], [-0.25, -0.5], [0, 0]])
     assert not z.grad.any()
 
 
@@ -128,8 +150,8 @@ def test_vq_stop_gradients():
     loss = vq.eval()(z)[2]
     loss.backward()
     close(loss, 0.9375)
-    close(vq.e.grad, [[-.25, .5], [-.25, -.5], [0, 0]])
-    close(z.grad[0], [[0, -.0625], [.0625, -.0625], [0, .0625], [.0625, .0625]])
+    close(vq.e.grad, [[-0.25, 0.5], [-0.25, -0.5], [0, 0]])
+    close(z.grad[0], [[0, -0.0625], [0.0625, -0.0625], [0, 0.0625], [0.0625, 0.0625]])
 
 
 def test_vq_loss_is_per_sample():
@@ -155,7 +177,10 @@ def test_codebook_is_trained_by_one_of_two_ways():
     """The optimiser holds the codebook if it learns by gradient, and not if it is a moving average."""
     for codebook in ("gradient", "ema"):
         model = tiny(codebook=codebook)
-        held = {id(p) for p in v.make_optimizers(model, model.cfg)["autoencoder"].param_groups[0]["params"]}
+        held = {
+            id(p)
+            for p in v.make_optimizers(model, model.cfg)["autoencoder"].param_groups[0]["params"]
+        }
         assert (id(model.bottleneck.e) in held) == (codebook == "gradient")
         assert {id(p) for p in model.parameters()} - held <= {id(model.bottleneck.e)}
 
@@ -164,7 +189,7 @@ def test_gradient_codebook_is_not_moved_by_the_statistics():
     """With codebook="gradient" a training pass counts, and leaves e to the optimiser."""
     vq, z = hand(codebook="gradient")
     vq.train()(z)
-    close(vq.N, [1.1, 1.1, .9])
+    close(vq.N, [1.1, 1.1, 0.9])
     assert vq.e.tolist() == E
 
 
@@ -173,18 +198,18 @@ def test_ema_without_smoothing():
     """9.3: N, M and e after one step; the code that no latent chose stays where it was."""
     vq, z = hand()
     vq.train()(z)
-    close(vq.N, [1.1, 1.1, .9])
-    close(vq.M, [[.1, .9], [3.4, 1.3], [8.1, 8.1]])
-    close(vq.e, [[.090909, .818182], [3.090909, 1.181818], [9, 9]], 2e-6)
+    close(vq.N, [1.1, 1.1, 0.9])
+    close(vq.M, [[0.1, 0.9], [3.4, 1.3], [8.1, 8.1]])
+    close(vq.e, [[0.090909, 0.818182], [3.090909, 1.181818], [9, 9]], 2e-6)
 
 
 def test_ema_with_laplace_smoothing():
     """9.3: e = M / N' with N' = (N + eps) / (sum N + K eps) sum N; N itself is not overwritten."""
     vq, z = hand(smoothing=0.1)
     vq.train()(z)
-    close(vq.e, [[.091398, .822581], [3.107527, 1.188172], [8.883871, 8.883871]], 2e-6)
-    close(vq.N, [1.1, 1.1, .9])
-    close((vq.M[:, 0] / vq.e[:, 0]), [1.094118, 1.094118, .911765], 2e-6)
+    close(vq.e, [[0.091398, 0.822581], [3.107527, 1.188172], [8.883871, 8.883871]], 2e-6)
+    close(vq.N, [1.1, 1.1, 0.9])
+    close((vq.M[:, 0] / vq.e[:, 0]), [1.094118, 1.094118, 0.911765], 2e-6)
     close((vq.M[:, 0] / vq.e[:, 0]).sum(), vq.N.sum(), 2e-6)
 
 
@@ -227,15 +252,17 @@ def test_eval_leaves_the_codebook_alone():
 
 def test_start_takes_distinct_latents():
     """4.4: the codes start as K different latents, with N the share of a code in a batch and M = e N."""
-    cfg = v.Config(codes=8, d_code=2)                        # 64 crops of 16 latents: 128 for each of 8 codes
-    vq, z = v.VectorQuantizer(cfg), torch.arange(40.).view(20, 2)
+    cfg = v.Config(codes=8, d_code=2)  # 64 crops of 16 latents: 128 for each of 8 codes
+    vq, z = v.VectorQuantizer(cfg), torch.arange(40.0).view(20, 2)
     vq.start(z)
     rows = {tuple(row) for row in vq.e.tolist()}
     assert len(rows) == 8 and rows <= {tuple(row) for row in z.tolist()}
-    assert torch.equal(vq.M, vq.e * 128) and torch.equal(vq.N, torch.full((8,), 128.))
+    assert torch.equal(vq.M, vq.e * 128) and torch.equal(vq.N, torch.full((8,), 128.0))
     before = vq.e.clone()
     vq.update(z[:8].repeat(128, 1), torch.arange(8).repeat(128))
-    assert (vq.N > 100).all() and (vq.e - before).abs().max() < 1       # nothing is dead after the first step
+    assert (vq.N > 100).all() and (
+        vq.e - before
+    ).abs().max() < 1  # nothing is dead after the first step
 
 
 def test_revival_sets_all_three():
@@ -284,36 +311,42 @@ def test_autocast_leaves_the_ids():
 def one_hot(**options):
     net = v.OneHot(v.Config(codes=3, d_code=3, **options))
     with torch.no_grad():
-        net.logits.weight.copy_(torch.eye(3)), net.logits.bias.zero_(), net.e.weight.copy_(torch.eye(3))
+        (
+            net.logits.weight.copy_(torch.eye(3)),
+            net.logits.bias.zero_(),
+            net.e.weight.copy_(torch.eye(3)),
+        )
     return net
 
 
-@pytest.mark.parametrize("tau, y", [(1.0, [.308117, .418775, .273108]), (0.5, [.275260, .508478, .216262])])
+@pytest.mark.parametrize(
+    "tau, y", [(1.0, [0.308117, 0.418775, 0.273108]), (0.5, [0.275260, 0.508478, 0.216262])]
+)
 def test_gumbel_softmax_by_hand(monkeypatch, tau, y):
     """9.8: logits (1, 2, 0) and u = (.5, .25, .75): the soft one-hot at two temperatures."""
-    u = torch.tensor([.5, .25, .75])
+    u = torch.tensor([0.5, 0.25, 0.75])
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, *_, **__: x.copy_(-u.log()))
     monkeypatch.setattr(v, "straight_through", lambda hard, soft: soft)
-    soft, ids, _ = one_hot().train()(torch.tensor([[[1., 2, 0]]]), tau)
+    soft, ids, _ = one_hot().train()(torch.tensor([[[1.0, 2, 0]]]), tau)
     close(soft[0, 0], y)
     assert ids.item() == 1
 
 
 def test_gumbel_argmax_samples_the_softmax():
     """9.8: over 2e5 draws the ids are distributed as the softmax of the logits."""
-    ids = one_hot().train()(torch.tensor([1., 2, 0]).expand(1, 200_000, 3), 1.0)[1]
-    close(ids.flatten().bincount() / 200_000, [.24473, .66524, .09003], 4e-3)
+    ids = one_hot().train()(torch.tensor([1.0, 2, 0]).expand(1, 200_000, 3), 1.0)[1]
+    close(ids.flatten().bincount() / 200_000, [0.24473, 0.66524, 0.09003], 4e-3)
 
 
 def test_onehot_is_hard_forward_and_soft_backward(monkeypatch):
     """5.1: the decoder sees a row of e in both modes; the gradient is that of the soft one-hot."""
-    net, z = one_hot(), torch.tensor([[[1., 2, 0]]], requires_grad=True)
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, *_, **__: x.fill_(1))       # no noise
+    net, z = one_hot(), torch.tensor([[[1.0, 2, 0]]], requires_grad=True)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, *_, **__: x.fill_(1))  # no noise
     for mode in (True, False):
         z_q, ids, _ = net.train(mode)(z, 1.0)
         close(z_q, F.one_hot(ids, 3).float())
         p = z.detach().softmax(-1)[0, 0]
-        close(torch.autograd.grad(z_q[0, 0, 1], z)[0][0, 0], p[1] * (torch.tensor([0., 1, 0]) - p))
+        close(torch.autograd.grad(z_q[0, 0, 1], z)[0][0, 0], p[1] * (torch.tensor([0.0, 1, 0]) - p))
 
 
 def test_onehot_eval_has_no_noise():
@@ -324,7 +357,7 @@ def test_onehot_eval_has_no_noise():
 
 def test_kl_to_uniform():
     """9.8: .266217 for softmax(1, 2, 0); 0 for equal shares, ln K for a single code."""
-    close(v.kl_to_uniform(torch.tensor([1., 2, 0]).softmax(-1)), .266217)
+    close(v.kl_to_uniform(torch.tensor([1.0, 2, 0]).softmax(-1)), 0.266217)
     close(v.kl_to_uniform(torch.full((7,), 1 / 7)), 0.0)
     close(v.kl_to_uniform(F.one_hot(torch.tensor(2), 7).float()), math.log(7))
 
@@ -341,16 +374,16 @@ def binary(**options):
     with torch.no_grad():
         net.logits.weight.copy_(torch.eye(4)), net.logits.bias.zero_()
         net.e.weight.copy_(torch.eye(4)), net.e.bias.zero_()
-    return net, torch.tensor([[[-2., 0, .1, 3]]], requires_grad=True)
+    return net, torch.tensor([[[-2.0, 0, 0.1, 3]]], requires_grad=True)
 
 
 def test_binary_by_hand():
     """9.9: logits (-2, 0, .1, 3): the bits, their id, and the gradient p (1 - p) of each."""
     net, a = binary()
     z_q, ids, _ = net(a)
-    (z_q / 2).sum().backward()                                       # z_q is 2 bits - 1
+    (z_q / 2).sum().backward()  # z_q is 2 bits - 1
     close(z_q[0, 0], [-1, -1, 1, 1])
-    close(a.grad[0, 0], [.104994, .25, .249376, .045177])
+    close(a.grad[0, 0], [0.104994, 0.25, 0.249376, 0.045177])
     assert ids.item() == 0b1100
 
 
@@ -358,7 +391,7 @@ def test_binary_kl():
     """9.9: the KL of each bit to a fair coin, and the usage loss that sums them."""
     net, a = binary(usage=0.1)
     p = a.detach()[0, 0].sigmoid()
-    close(v.kl_to_uniform(torch.stack([p, 1 - p], -1)), [.327813, 0, .001248, .502282])
+    close(v.kl_to_uniform(torch.stack([p, 1 - p], -1)), [0.327813, 0, 0.001248, 0.502282])
     close(net(a)[2], 0.0831344)
 
 
@@ -395,7 +428,7 @@ def test_bit_rate():
 
 def test_jitter_statistics():
     """9.10: .12 of the latents are replaced, by the left and right neighbour alike often."""
-    move = v.jitter(torch.arange(200_000.)[None, :, None], 0.12)[0, :, 0] - torch.arange(200_000)
+    move = v.jitter(torch.arange(200_000.0)[None, :, None], 0.12)[0, :, 0] - torch.arange(200_000)
     assert set(move.tolist()) == {-1, 0, 1}
     assert (move != 0).float().mean().item() == pytest.approx(0.12, abs=3e-3)
     assert (move == 1).float().mean().item() == pytest.approx(0.06, abs=3e-3)
@@ -403,7 +436,7 @@ def test_jitter_statistics():
 
 def test_jitter_stays_in_range_and_in_its_row():
     """9.10: the edges have no neighbour outside, and utterances do not mix."""
-    z = torch.arange(4000.).view(1000, 4, 1)
+    z = torch.arange(4000.0).view(1000, 4, 1)
     out = v.jitter(z, 1.0)
     assert torch.equal(out // 4, z // 4)
     assert {*out[:, 0].sub(z[:, 0]).unique().tolist()} == {0, 1}
@@ -413,7 +446,7 @@ def test_jitter_stays_in_range_and_in_its_row():
 
 def test_jitter_moves_whole_latents_and_their_gradient():
     """6.9: all D values move together, and the gradient goes to the frame that was used."""
-    z = torch.arange(50.)[None, :, None].repeat(1, 1, 3).requires_grad_()
+    z = torch.arange(50.0)[None, :, None].repeat(1, 1, 3).requires_grad_()
     out = v.jitter(z, 0.5)
     out.sum().backward()
     assert torch.equal(out[..., 0], out[..., 2])
@@ -435,9 +468,12 @@ def test_jitter_in_training_only():
 # -------------------- mu-law --------------------
 def test_mu_law_values():
     """9.7: the levels of nine amplitudes, and the amplitudes of those levels."""
-    y = v.mu_law(torch.tensor([-1, -.5, -.1, -.01, 0, .01, .1, .5, 1]))
+    y = v.mu_law(torch.tensor([-1, -0.5, -0.1, -0.01, 0, 0.01, 0.1, 0.5, 1]))
     assert y.tolist() == [0, 16, 52, 98, 128, 157, 203, 239, 255] and y.dtype == torch.int64
-    close(v.inverse_mu_law(y), [-1, -.496677, -.100675, -.010225, 8.62159e-5, .010225, .100675, .496677, 1])
+    close(
+        v.inverse_mu_law(y),
+        [-1, -0.496677, -0.100675, -0.010225, 8.62159e-5, 0.010225, 0.100675, 0.496677, 1],
+    )
 
 
 def test_mu_law_round_trip():
@@ -451,12 +487,12 @@ def test_mu_law_error():
     """9.7: at most .0216 off, near full scale; 37.8 dB for noise of deviation .1; clipping."""
     x = torch.linspace(-1, 1, 200_001)
     error = (v.inverse_mu_law(v.mu_law(x)) - x).abs()
-    close(error.max(), .02159, 2e-5)
-    assert x[error.argmax()].abs().item() == pytest.approx(.978, abs=2e-3)
+    close(error.max(), 0.02159, 2e-5)
+    assert x[error.argmax()].abs().item() == pytest.approx(0.978, abs=2e-3)
     x = 0.1 * torch.randn(100_000)
     error = v.inverse_mu_law(v.mu_law(x)) - x
     assert (10 * (x.var() / error.var()).log10()).item() == pytest.approx(37.8, abs=0.3)
-    assert v.mu_law(torch.tensor([-3., 3])).tolist() == [0, 255]
+    assert v.mu_law(torch.tensor([-3.0, 3])).tolist() == [0, 255]
 
 
 # -------------------- the decoder --------------------
@@ -466,7 +502,9 @@ def test_wavenet_is_causal():
     previous = torch.randint(256, (1, 120))
     other = previous.clone()
     other[0, 50] = (other[0, 50] + 100) % 256
-    changed = (net(previous, condition) != net(other, condition)).any(-1)[0].nonzero().flatten().tolist()
+    changed = (
+        (net(previous, condition) != net(other, condition)).any(-1)[0].nonzero().flatten().tolist()
+    )
     assert changed == list(range(50, 81))
 
 
@@ -497,8 +535,12 @@ def test_model_scores_the_sample_itself():
 def test_wavenet_receptive_field(depth, field):
     """9.6: two cycles of 1, 2, 4 ..: the last output has a gradient from exactly so many inputs."""
     net, seen = v.Decoder(v.Config(**NET | {"depth": depth}), 2).double(), []
-    net.embed.register_forward_hook(lambda *args: (args[2].retain_grad(), seen.append(args[2])) and None)
-    net(torch.randint(256, (1, field + 9)), torch.zeros(1, 1, 2).double())[0, -1].square().sum().backward()
+    net.embed.register_forward_hook(
+        lambda *args: (args[2].retain_grad(), seen.append(args[2])) and None
+    )
+    net(torch.randint(256, (1, field + 9)), torch.zeros(1, 1, 2).double())[
+        0, -1
+    ].square().sum().backward()
     assert seen[0].grad.any(-1)[0].nonzero().flatten().tolist() == list(range(9, field + 9))
 
 
@@ -517,7 +559,9 @@ def test_condition_reaches_its_own_samples():
     net, condition = net.double(), condition.double()
     other = condition.clone()
     other[:, 2] += 1
-    changed = (net(previous, condition) != net(previous, other)).any(-1)[0].nonzero().flatten().tolist()
+    changed = (
+        (net(previous, condition) != net(previous, other)).any(-1)[0].nonzero().flatten().tolist()
+    )
     assert changed == list(range(16, 24 + 29))
 
 
@@ -537,7 +581,7 @@ def test_cached_steps_equal_the_full_pass(xp, depth):
     full = net(previous, condition)
     assert full.std() > 0.05
     close(cached(xp, net, previous, condition), full, 1e-5)
-    if depth == 4:                                                   # and a second time: nothing is left over
+    if depth == 4:  # and a second time: nothing is left over
         close(cached(xp, net, previous, condition), full, 1e-5)
 
 
@@ -559,11 +603,15 @@ def test_sampler_draws_from_the_softmax(xp, device, temperature):
     """9.8: levels come as often as softmax(logits / temperature) says."""
     net = v.Decoder(v.Config(residual=2, skip=2, depth=1, cycles=1), 1)
     net.output[3].weight.zero_()
-    net.output[3].bias.copy_(torch.tensor([1., 2, 0] + [-1e3] * 253))
-    y = v.Sampler(net.to(device), torch.zeros(40, 1, 1, device=device), 600, xp).run(600, temperature).cpu()
-    p = (torch.tensor([1., 2, 0]) / temperature).softmax(-1)
+    net.output[3].bias.copy_(torch.tensor([1.0, 2, 0] + [-1e3] * 253))
+    y = (
+        v.Sampler(net.to(device), torch.zeros(40, 1, 1, device=device), 600, xp)
+        .run(600, temperature)
+        .cpu()
+    )
+    p = (torch.tensor([1.0, 2, 0]) / temperature).softmax(-1)
     close(y.flatten().bincount(minlength=3) / 24_000, p, 0.015)
-    assert not torch.equal(y[:, :256], y[:, 256:512])                # the noise is drawn anew
+    assert not torch.equal(y[:, :256], y[:, 256:512])  # the noise is drawn anew
 
 
 def test_initial_cross_entropy():
@@ -571,7 +619,9 @@ def test_initial_cross_entropy():
     model = v.Model(v.Config(**v.TOY), 4).eval()
     with torch.no_grad():
         z, z_q, _, _ = model.encode(tones(8, 1920))
-        assert model(z_q, torch.arange(8) % 4, tones(8, 1920)).item() == pytest.approx(math.log(256), abs=0.1)
+        assert model(z_q, torch.arange(8) % 4, tones(8, 1920)).item() == pytest.approx(
+            math.log(256), abs=0.1
+        )
 
 
 def test_parameter_count_of_the_paper():
@@ -592,7 +642,9 @@ def test_encoder_receptive_field():
     assert z.shape == (1, 30, 64)
     z[0, 15].square().sum().backward()
     seen = x.grad.any(-1)[0].nonzero().flatten()
-    assert len(seen) == 16 and seen.max() - seen.min() == 15 and abs(seen.float().mean() - 30.5) <= 0.5
+    assert (
+        len(seen) == 16 and seen.max() - seen.min() == 15 and abs(seen.float().mean() - 30.5) <= 0.5
+    )
 
 
 def test_encoder_normalises_in_training():
@@ -605,7 +657,9 @@ def test_encoder_normalises_in_training():
     assert len(seen) == len(norms) == 10
     for x in seen:
         close(x.mean((0, 2)), torch.zeros(32), 1e-4)
-        assert (x.var((0, 2), correction=0) < 1.001).all() and x.var((0, 2), correction=0).median() > 0.99
+        assert (x.var((0, 2), correction=0) < 1.001).all() and x.var(
+            (0, 2), correction=0
+        ).median() > 0.99
 
 
 def test_mfcc_gain_moves_only_c0():
@@ -613,24 +667,28 @@ def test_mfcc_gain_moves_only_c0():
     cfg, wave = v.Config(**TINY), torch.randn(2, 1600)
     x, louder = v.mfcc(wave, cfg), v.mfcc(3 * wave, cfg)
     assert x.shape == (2, 20, 39)
-    close((louder - x)[..., 0], torch.full((2, 20), math.log(3) * 40 ** 0.5), 1e-4)
+    close((louder - x)[..., 0], torch.full((2, 20), math.log(3) * 40**0.5), 1e-4)
     close(louder[..., 1:], x[..., 1:], 1e-4)
 
 
 def test_mfcc_dct_is_orthonormal(monkeypatch):
     """A log-mel spectrum that is the j-th cosine of unit norm has the j-th cepstrum 1 and the others 0."""
     n = (np.arange(40) + 0.5) * math.pi / 40
-    rows = np.cos(np.arange(13)[:, None] * n) * np.where(np.arange(13) == 0, 1, 2 ** 0.5)[:, None] / 40 ** 0.5
+    rows = (
+        np.cos(np.arange(13)[:, None] * n)
+        * np.where(np.arange(13) == 0, 1, 2**0.5)[:, None]
+        / 40**0.5
+    )
     monkeypatch.setattr(v, "log_mel", lambda wave, cfg: torch.tensor(rows, dtype=torch.float)[None])
     close(v.mfcc(torch.zeros(1, 13 * 80), v.Config(**TINY))[0, :, :13], torch.eye(13), 1e-5)
 
 
 def test_mfcc_differences_of_a_ramp(monkeypatch):
     """The first difference of a linear ramp is its slope, the second 0, away from the edges."""
-    ramp = (0.5 * torch.arange(30.))[None, :, None].expand(1, 30, 40)
+    ramp = (0.5 * torch.arange(30.0))[None, :, None].expand(1, 30, 40)
     monkeypatch.setattr(v, "log_mel", lambda wave, cfg: ramp)
     x = v.mfcc(torch.zeros(1, 30 * 80), v.Config(**TINY))[0]
-    close(x[2:-2, 13], torch.full((26,), 0.5 * 40 ** 0.5), 1e-5)
+    close(x[2:-2, 13], torch.full((26,), 0.5 * 40**0.5), 1e-5)
     close(x[4:-4, 26], torch.zeros(22), 1e-5)
 
 
@@ -653,7 +711,9 @@ def test_swapping_the_speaker():
     assert torch.equal(codes, again) and (first.item(), second.item()) == (0, 2)
     close(codes, model.bottleneck.e[model.encode(wave[None])[2]], 1e-5)
     y = torch.randint(256, (1, 640))
-    assert torch.equal(a[..., :-3], b[..., :-3]) and not torch.equal(model.decoder(y, a), model.decoder(y, b))
+    assert torch.equal(a[..., :-3], b[..., :-3]) and not torch.equal(
+        model.decoder(y, a), model.decoder(y, b)
+    )
 
 
 def test_convert_keeps_lengths():
@@ -678,8 +738,12 @@ def test_reconstruction_finds_the_likeliest_speaker():
     as_1 = v.convert(model, [wave], [1], model.cfg)[0]
     model.forward = lambda z, s, part: seen.append((z, part)) or (s[0] - 1.0).abs()
     close(v.convert(model, [wave], [None], model.cfg)[0], as_1)
-    (z, part), z_q = seen[0], model.encode(wave[None])[1]            # 8 of 19 codes, of 160 samples each
-    assert len(seen) == 3 and torch.equal(z, z_q[:, 5:13]) and torch.equal(part[0], wave[5 * 160:13 * 160])
+    (z, part), z_q = seen[0], model.encode(wave[None])[1]  # 8 of 19 codes, of 160 samples each
+    assert (
+        len(seen) == 3
+        and torch.equal(z, z_q[:, 5:13])
+        and torch.equal(part[0], wave[5 * 160 : 13 * 160])
+    )
 
 
 def test_learning_rate_is_halved_three_times(tmp_path, monkeypatch):
@@ -710,7 +774,9 @@ def test_checkpoint_round_trip(tmp_path, codebook):
     a, b = model.state_dict(), loaded.state_dict()
     assert a.keys() == b.keys() >= {"bottleneck.e", "bottleneck.N", "bottleneck.M", "mean", "std"}
     assert all(torch.equal(a[k], b[k]) for k in a) and not loaded.training
-    assert cfg == model.cfg and checkpoint["step"] == 7 and checkpoint["speakers"] == ["a", "b", "c"]
+    assert (
+        cfg == model.cfg and checkpoint["step"] == 7 and checkpoint["speakers"] == ["a", "b", "c"]
+    )
     assert torch.equal(model.eval().encode(wave)[2], loaded.encode(wave)[2])
 
 
@@ -736,7 +802,7 @@ def voices(root):
             parts = []
             for peak in rng.choice([0, 500, 1200, 2500], 5):
                 h = np.arange(1, 3600 // pitch)[:, None]
-                level = (0.3 * np.exp(-((h * pitch - peak) / 300) ** 2) + 0.02) * (peak > 0)
+                level = (0.3 * np.exp(-(((h * pitch - peak) / 300) ** 2)) + 0.02) * (peak > 0)
                 parts.append((level * np.sin(2 * np.pi * pitch * h * t)).sum(0))
             wave = np.concatenate(parts)
             wave = 0.5 * wave / (np.abs(wave).max() + 1e-9) + rng.normal(0, 2e-3, 8000)

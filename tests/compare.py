@@ -1,0 +1,991 @@
+# SPDX-License-Identifier: MIT
+"""Measures runs side by side, and writes a page to look at and to listen to.
+
+    python tests/compare.py                           the newest run of each script under runs/
+    python tests/compare.py runs/a runs/b             these runs, on the data they were trained on
+    python tests/compare.py runs/a --data DIR --test DIR --phones FILE
+
+Every representation is probed beside log-mel, chance and the same model untrained. Conversions are
+judged by probes of real speech, beside copy synthesis: Griffin-Lim of the source's own log-mel.
+Leaves index.html, figure.svg, result.json and audio/ in --out, and prints the tables.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import measure  # noqa: E402
+from measure import UserError  # noqa: E402
+
+SCRIPTS = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
+FRAMES_TO_FIT = 40_000  # frames at most that a probe is fitted on
+FRAMES_TO_SCORE = 10_000  # and scored on
+AT_ONCE = 50  # waves in one call of convert: an autoregressive decoder samples them together
+SHOWN = 6  # rows of the page
+RECORD = "script method_sha256 command config data steps seconds hardware torch metrics".split()
+SPOKEN = "target source target_posterior source_posterior phones vde ffe variance".split()
+ROW = "phone speaker eer eer_lda nearest".split()
+
+
+@dataclass(eq=False)
+class Run:
+    """A trained model, the corpus it is measured on, and what it left in its folder."""
+
+    name: str
+    script: object  # the module
+    model: object
+    cfg: object
+    corpus: object
+    record: dict  # of run.json
+    log: list  # of log.jsonl
+
+
+@dataclass(eq=False)
+class Pair:
+    """What is converted: an utterance, the target speaker, and a recording of that speaker."""
+
+    source: int
+    target: int | None = None
+    recording: int | None = None
+
+
+@dataclass(eq=False)
+class Clip:
+    """The loudest 3 s of an utterance, the second at which they begin, and what is known."""
+
+    wave: torch.Tensor
+    begin: float
+    speaker: int
+    labels: np.ndarray | None  # of the whole utterance, one per 10 ms
+    f0: torch.Tensor = None  # (T,) Hz, of the sources of pairs
+
+
+@dataclass(eq=False)
+class Listening:
+    """Pairs from one corpus, and probes of real speech that judge what is made from them."""
+
+    pool: object  # the corpus
+    judged: np.ndarray  # utterances that the probes are fitted on; disjoint from the pairs
+    pairs: list
+    labels: dict  # utterance -> labels, one per 10 ms
+    classes: list  # names of the labels
+    judge: object = None  # frames -> log posterior of the voices
+    voices: list = ()  # the speaker of each class of the judge
+    speller: object = None  # frames -> log posterior of the labels; None without labels
+    variance: dict = None  # speaker -> variance over time of real speech (n_mels,)
+    clips: dict = None  # source -> Clip
+    copy: dict = None  # verdict on copy synthesis
+
+
+@dataclass(eq=False)
+class Setting:
+    """What runs with the same corpora and the same log-mel share, and what is measured but once."""
+
+    fit: np.ndarray  # utterances that probes are fitted on
+    held: np.ndarray  # and scored on
+    unseen: np.ndarray  # of corpus.test, for speaker verification
+    closed: Listening  # in the corpus; targets are training speakers
+    open: Listening  # in corpus.test; sources and targets are recordings of it
+    chance: dict = None
+    log_mel: dict = None
+
+    def shown(self):
+        """(Listening, Pair) of each row of the page, those with unseen speakers last."""
+        if self.open.pool is self.closed.pool:
+            return [(self.closed, pair) for pair in self.closed.pairs[:SHOWN]]
+        unseen = [(self.open, pair) for pair in self.open.pairs[: SHOWN // 3]]
+        return [(self.closed, pair) for pair in self.closed.pairs[: SHOWN - len(unseen)]] + unseen
+
+
+@dataclass(eq=False)
+class Features:
+    """A representation of some utterances, reduced to what the probes need."""
+
+    average: list | torch.Tensor  # (U, D): mean over time; of units, the share of each
+    frames: list | torch.Tensor  # (n, D): of utterances with labels
+    phones: list | torch.Tensor  # (n,): the labels of the frames
+    kind: str = ""  # vector, sequence or units
+    counts: torch.Tensor = None  # (K,): how often each unit occurs
+
+
+class Screen:
+    """Prints what is measured and how far it is, at most every five seconds; and each note once."""
+
+    def __init__(self):
+        self.run = ""
+        self.stage = ""
+        self.last = 0.0
+        self.notes = set()
+
+    def begin(self, stage):
+        self.stage = f"{self.run}: {stage}"
+        self.last = time.monotonic()
+        print(self.stage, flush=True)
+
+    def progress(self, done, total):
+        if time.monotonic() - self.last > 5:
+            self.last = time.monotonic()
+            print(f"{self.stage}: {done} of {total}", flush=True)
+
+    def note(self, text):
+        if text not in self.notes:
+            self.notes.add(text)
+            print(f"note: {text}", flush=True)
+
+
+# ---------- runs ----------
+
+
+def checkpoint_of(folder):
+    return Path(folder) / "model.pt" if Path(folder).is_dir() else Path(folder)
+
+
+def script_of(folder):
+    """Run folder or model.pt -> the name of the script that wrote it."""
+    file = checkpoint_of(folder)
+    if not file.is_file():
+        raise UserError(f"{file}: no such checkpoint; give run folders, such as runs/vqvae-1")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        name = checkpoint["script"]
+    except Exception:  # torch raises many kinds for a file that is not a checkpoint
+        raise UserError(f"{file}: not a checkpoint, or a damaged one; give another run") from None
+    if name not in SCRIPTS:
+        raise UserError(f"{file}: written by {name}, which is not one of {', '.join(SCRIPTS)}")
+    return name
+
+
+def newest_runs():
+    """The folder of the newest run of each script under runs/."""
+    newest = {}
+    files = sorted(Path("runs").glob("*/model.pt"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        try:
+            newest[script_of(file)] = file.parent
+        except UserError as error:
+            print(f"left out: {error}")
+    if not newest:
+        raise UserError("runs: no run in it; train one with `python adain_vc.py`, or name a folder")
+    return [newest[name] for name in SCRIPTS if name in newest]
+
+
+def unique_names(folders):
+    """Folders -> names: the last parts of each path, as many as make them differ."""
+    paths = [checkpoint_of(folder).resolve().parent for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError("RUN: a run is named twice; name each once")
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def open_run(folder, name, scripts, args):
+    """Loads the model, the corpus that it is measured on, and the records of its training."""
+    overrides = {}
+    if args.data is not None:
+        overrides = {"data": args.data, "test": ""}  # the old test folder need not fit
+    for flag in ("test", "include"):
+        if getattr(args, flag) is not None:
+            overrides[flag] = getattr(args, flag)
+    script = scripts[script_of(folder)]
+    model, cfg, checkpoint = script.load(folder, **overrides)
+    if args.test and not cfg.data:
+        raise UserError(f"--test: {folder} was trained on the toy corpus; give --data, too")
+    corpus = script.load_corpus(cfg, checkpoint["speakers"])
+
+    folder = checkpoint_of(folder).parent
+    record = {
+        "script": script.__name__,
+        "steps": checkpoint["step"],
+        "config": checkpoint["config"],
+    }
+    if (folder / "run.json").is_file():
+        record |= json.loads((folder / "run.json").read_text("utf-8"))
+    log = []
+    if (folder / "log.jsonl").is_file():
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    return Run(name, script, model, cfg, corpus, record, log)
+
+
+# ---------- which utterances ----------
+
+
+def relative_name(corpus, utterance):
+    return corpus.paths[utterance].relative_to(corpus.root).as_posix()
+
+
+def draw(corpus, utterances, limit, seed):
+    """At most `limit` of the utterances, drawn evenly over speakers."""
+    names = [relative_name(corpus, u) for u in utterances]
+    speakers = [corpus.speakers[corpus.speaker[u]] for u in utterances]
+    return utterances[measure.draw_evenly(names, speakers, limit, seed)]
+
+
+def split_for_judge(pool, args):
+    """-> utterances to fit the judge on, and utterances for pairs.
+
+    The judge is fitted on training utterances. A corpus of --test has none, so the judge gets every
+    second utterance of each speaker.
+    """
+    held = draw(pool, pool.held, len(pool.held), args.seed)
+    if len(pool.train):
+        return draw(pool, pool.train, args.probe, args.seed), held
+    turns = collections.Counter()
+    parts = ([], [])
+    for u in held:
+        speaker = pool.speaker[u]
+        parts[turns[speaker] % 2].append(u)
+        turns[speaker] += 1
+    return np.array(parts[0][: args.probe], int), np.array(parts[1], int)
+
+
+def draw_listening(pool, is_closed, args):
+    """Draws the pairs of one corpus. is_closed: the targets are speakers that the model knows."""
+    judged, rest = split_for_judge(pool, args)
+    voices = sorted(set(pool.speaker[judged].tolist()))
+    rest = [u for u in rest.tolist() if pool.speaker[u] in voices]
+    recordings = {s: [u for u in rest if pool.speaker[u] == s] for s in voices}
+    targets = [s for s in voices if recordings[s]]
+    if is_closed:
+        targets = [s for s in targets if s < pool.known]
+
+    uses = collections.Counter()
+    pairs = []
+    speakers = pool.speaker[rest].tolist()
+    for position, target in measure.draw_pairs(speakers, targets, args.pairs):
+        recording = recordings[target][uses[target] % len(recordings[target])]
+        uses[target] += 1
+        pairs.append(Pair(rest[position], target, recording))
+    if not pairs:  # a single speaker can still be reconstructed
+        pairs = [Pair(u) for u in rest[: args.pairs]]
+    return Listening(pool, judged, pairs, {}, [])
+
+
+def utterances_of(listening):
+    return [*listening.judged, *(pair.source for pair in listening.pairs)]
+
+
+def read_labels(corpus, file, cfg, needed):
+    """-> {utterance: (M,) labels, one per 10 ms}, and the names of the classes."""
+    names = [relative_name(corpus, u) for u in range(len(corpus.paths))]
+    return measure.read_labels(file, names, corpus.length / cfg.sample_rate, needed)
+
+
+def draw_setting(run, args, screen):
+    """Draws all utterances that are measured, and reads their labels."""
+    corpus = run.corpus
+    test = corpus.test
+    fit = draw(corpus, corpus.train, args.probe, args.seed)
+    held = draw(corpus, corpus.held, args.probe, args.seed)
+    unseen = draw(test, test.held, args.probe, args.seed)
+    closed = draw_listening(corpus, True, args)
+    opened = draw_listening(test, False, args)
+    if test is corpus:
+        screen.note(f"{corpus.root}: no --test, so the EER is of held-out speech of known speakers")
+    setting = Setting(fit, held, unseen, closed, opened)
+    read_data_labels(run, setting, args, screen)
+    read_test_labels(run, setting, args, screen)
+    return setting
+
+
+def read_data_labels(run, setting, args, screen):
+    """Labels of the data corpus: from --phones, else from its own phones.txt if there is one."""
+    corpus = run.corpus
+    closed = setting.closed
+    file = Path(args.phones or Path(corpus.root) / "phones.txt")
+    if args.phones and not file.is_file():
+        raise UserError(f"--phones {file}: no such file; give a label file")
+    if file.is_file():
+        needed = [*setting.fit, *setting.held, *utterances_of(closed)]
+        if corpus.test is corpus:
+            needed += utterances_of(setting.open)
+        closed.labels, closed.classes = read_labels(corpus, file, run.cfg, needed)
+        if not closed.labels:
+            example = Path(relative_name(corpus, setting.fit[0])).with_suffix("")
+            raise UserError(f"{file}: no line begins with an utterance id, such as {example}")
+    else:
+        screen.note(f"{file}: no such file, so no figures of phones; name one with --phones")
+
+
+def read_test_labels(run, setting, args, screen):
+    """Labels of the test corpus: from its own phones.txt, else from --phones if it has them."""
+    test = run.corpus.test
+    opened = setting.open
+    file = Path(test.root) / "phones.txt"
+    if args.phones and not file.exists():
+        file = Path(args.phones)
+    if test is run.corpus:
+        opened.labels = setting.closed.labels
+        opened.classes = setting.closed.classes
+    elif file.exists():
+        needed = utterances_of(opened)
+        opened.labels, opened.classes = read_labels(test, file, run.cfg, needed)
+    else:
+        screen.note(f"{file}: no such file, so phones kept are not counted in {test.root}")
+
+
+def setting_key(run):
+    cfg = run.cfg
+    corpora = (str(run.corpus.root), str(run.corpus.test.root), cfg.speaker, cfg.include)
+    spectrum = (cfg.sample_rate, cfg.n_fft, cfg.win, cfg.hop, cfg.n_mels)
+    return *corpora, *spectrum, run.corpus.known, *run.corpus.speakers
+
+
+# ---------- what representations know ----------
+
+
+def collect(run, encode, corpus, utterances, labels, limit, screen):
+    """Represents every utterance once -> {representation: Features}.
+
+    An utterance is reduced at once, to its average and to evenly spaced frames, of which there are
+    at most `limit` over all utterances. So memory does not grow with the length of the recordings.
+    """
+    frames_each = max(1, limit // max(1, sum(u in labels for u in utterances)))
+    collected = collections.defaultdict(lambda: Features([], [], []))
+    for done, u in enumerate(utterances):
+        screen.progress(done, len(utterances))
+        for name, x in encode(corpus.wave(u).to(run.cfg.device)).items():
+            x = x.cpu()
+            if not x.isfinite().all():
+                raise UserError(
+                    f"{run.name}: {name} is not finite; train it anew with a lower --lr"
+                )
+            features = collected[name]
+            features.kind = "vector" if x.dim() == 1 else "sequence"
+            if not x.is_floating_point():
+                features.kind = "units"
+            features.average.append(average_over_time(x, features.kind))
+            if features.kind != "vector" and u in labels:
+                seconds = corpus.length[u] / run.cfg.sample_rate
+                at = measure.evenly_spaced(len(x), frames_each)
+                features.frames.append(x[at])
+                features.phones.append(measure.labels_of_frames(labels[u], len(x), seconds)[at])
+    return collected
+
+
+def average_over_time(x, kind):
+    """(T', D), (D,) or units (T',) -> (D,) mean over time, or how often each unit occurs."""
+    if kind == "units":
+        return x.bincount().float()
+    return x.float().mean(0) if kind == "sequence" else x.float()
+
+
+def join(parts):
+    """Lists of Features become tensors; units become one-hot vectors, of one width in all parts."""
+    width = max(len(row) for part in parts for row in part.average)
+    for part in parts:
+        part.average = torch.stack([F.pad(row, (0, width - len(row))) for row in part.average])
+        if part.frames:
+            part.frames = torch.cat(part.frames)
+            part.phones = torch.cat(part.phones)
+        if part.kind == "units":
+            part.counts = part.average.sum(0)
+            part.average = part.average / part.average.sum(1, keepdim=True)
+            if len(part.frames):
+                part.frames = F.one_hot(part.frames.long(), width).float()
+
+
+def measure_row(run, setting, parts):
+    """Features of three sets of utterances -> ROW."""
+    fit, held, unseen = parts
+    fit_speaker = torch.from_numpy(run.corpus.speaker[setting.fit])
+    held_speaker = torch.from_numpy(run.corpus.speaker[setting.held])
+    unseen_speaker = torch.from_numpy(run.corpus.test.speaker[setting.unseen])
+    projected = unseen.average.double() @ measure.lda(fit.average, fit_speaker)
+    phone = None
+    if len(fit.frames) and len(held.frames):
+        phone = measure.probe_accuracy((fit.frames, fit.phones), (held.frames, held.phones))
+    return {
+        "phone": phone,
+        "speaker": measure.probe_accuracy((fit.average, fit_speaker), (held.average, held_speaker)),
+        "eer": measure.equal_error_rate(unseen.average, unseen_speaker),
+        "eer_lda": measure.equal_error_rate(projected, unseen_speaker),
+        "nearest": measure.nearest_neighbor_accuracy(unseen.average, unseen_speaker),
+    }
+
+
+def measure_representations(run, setting, encode, screen):
+    """-> {representation: ROW}, and {representation: Features to fit, held-out, unseen}."""
+    corpus, test = run.corpus, run.corpus.test
+    labels = setting.closed.labels
+    collected = [
+        collect(run, encode, corpus, setting.fit, labels, FRAMES_TO_FIT, screen),
+        collect(run, encode, corpus, setting.held, labels, FRAMES_TO_SCORE, screen),
+    ]
+    if test is not corpus:
+        collected.append(collect(run, encode, test, setting.unseen, {}, 0, screen))
+
+    rows = {}
+    table = {}
+    for name in collected[0]:
+        parts = [features[name] for features in collected]
+        join(parts)
+        table[name] = (parts[0], parts[1], parts[-1])  # without --test, held-out ones are unseen
+        rows[name] = measure_row(run, setting, table[name])
+        for part in parts:
+            part.frames = []  # the largest part, and not needed any more
+    return rows, table
+
+
+def measure_reference(run, setting, screen):
+    """Fills in chance and log-mel, once for all runs of a setting."""
+    screen.begin("log-mel")
+
+    def encode(wave):
+        return {"log_mel": run.script.log_mel(wave[None], run.cfg)[0]}
+
+    rows, table = measure_representations(run, setting, encode, screen)
+    setting.log_mel = rows["log_mel"]
+    held = table["log_mel"][1]
+    unseen_speaker = torch.from_numpy(run.corpus.test.speaker[setting.unseen])
+    is_verified = setting.log_mel["eer"] is not None
+    if not is_verified:
+        screen.note(
+            f"{run.corpus.test.root}: no EER, which needs two speakers, one with two utterances"
+        )
+    setting.chance = {
+        "phone": measure.chance_accuracy(held.phones) if len(held.phones) else None,
+        "speaker": measure.chance_accuracy(torch.from_numpy(run.corpus.speaker[setting.held])),
+        "eer": 0.5 if is_verified else None,
+        "eer_lda": 0.5 if is_verified else None,
+        "nearest": measure.nearest_neighbor_chance(unseen_speaker),
+    }
+
+
+def untrained_model(run):
+    """The same model as it was before its first step."""
+    torch.manual_seed(run.cfg.seed)
+    model = run.script.Model(run.cfg, run.corpus.known).to(run.cfg.device)
+    run.script.prepare(model, run.corpus, run.cfg)
+    return model.eval()
+
+
+# ---------- what conversions sound like ----------
+
+
+def mel_of(run, wave):
+    """(N,) -> (T, n_mels) log-mel as the judge sees it."""
+    return measure.audible(run.script.log_mel(wave[None].to(run.cfg.device), run.cfg)[0].cpu())
+
+
+def cut(run, listening, utterance):
+    """An utterance -> the Clip that is converted and judged."""
+    wave = listening.pool.wave(utterance).cpu()
+    start, end = measure.loudest_window(wave, run.cfg.sample_rate)
+    speaker = int(listening.pool.speaker[utterance])
+    labels = listening.labels.get(utterance)
+    return Clip(wave[start:end], start / run.cfg.sample_rate, speaker, labels)
+
+
+def labels_of(run, clip, frames):
+    seconds = len(clip.wave) / run.cfg.sample_rate
+    return measure.labels_of_frames(clip.labels, frames, seconds, clip.begin)
+
+
+def fit_judge(run, listening, screen):
+    """Fits the judge of voices and the speller on real speech; keeps its variance over time."""
+    listening.voices = sorted(set(listening.pool.speaker[listening.judged].tolist()))
+    frames_each = max(1, FRAMES_TO_FIT // len(listening.judged))
+    spectra = []
+    voices = []
+    labeled = []  # the spectra that have labels
+    phones = []
+    variances = collections.defaultdict(list)
+    for done, u in enumerate(listening.judged.tolist()):
+        screen.progress(done, len(listening.judged))
+        clip = cut(run, listening, u)
+        mel = mel_of(run, clip.wave)
+        variances[clip.speaker].append(measure.variance_over_time(mel))
+        at = measure.evenly_spaced(len(mel), frames_each)
+        spectra.append(mel[at])
+        voices.append(torch.full((len(at),), listening.voices.index(clip.speaker)))
+        if clip.labels is not None:
+            labeled.append(mel[at])
+            phones.append(labels_of(run, clip, len(mel))[at])
+    listening.variance = {s: torch.stack(rows).mean(0) for s, rows in variances.items()}
+    n_voices = len(listening.voices)
+    listening.judge = measure.linear_probe(torch.cat(spectra), torch.cat(voices), n_voices)
+    if labeled:
+        n_phones = len(listening.classes)
+        listening.speller = measure.linear_probe(torch.cat(labeled), torch.cat(phones), n_phones)
+
+
+def judge_wave(run, listening, clip, wave, target, source):
+    """One wave made from a clip -> its figures, and its variance. Source None: not asked."""
+    mel = mel_of(run, wave)
+    posterior = measure.verdict(listening.judge, mel)
+    heard = listening.voices[int(posterior.argmax())]
+    vde, ffe = measure.f0_errors(measure.yin(wave, run.cfg.sample_rate), clip.f0)
+    figures = {
+        "target": float(heard == target),
+        "target_posterior": posterior[listening.voices.index(target)].item(),
+        "vde": vde,
+        "ffe": ffe,
+    }
+    if source is not None:
+        figures["source"] = float(heard == source)
+        figures["source_posterior"] = posterior[listening.voices.index(source)].item()
+    if listening.speller and clip.labels is not None:
+        is_kept = listening.speller(mel).argmax(1) == labels_of(run, clip, len(mel))
+        figures["phones"] = is_kept.float().mean().item()
+    return figures, measure.variance_over_time(mel)
+
+
+def judge_waves(run, listening, clips, waves, targets=None):
+    """Waves made from clips -> SPOKEN. Without targets each is judged as its own speaker."""
+    figures = collections.defaultdict(list)
+    variances = collections.defaultdict(list)
+    for i, (clip, wave) in enumerate(zip(clips, waves)):
+        target = targets[i] if targets else clip.speaker
+        source = clip.speaker if targets else None
+        of_wave, variance = judge_wave(run, listening, clip, wave, target, source)
+        for name, value in of_wave.items():
+            figures[name].append(value)
+        variances[target].append(variance)
+    for speaker, rows in variances.items():
+        made = torch.stack(rows).mean(0)
+        ratio = measure.log_variance_ratio(made, listening.variance[speaker])
+        figures["variance"].append(ratio)
+    means = {name: float(np.mean(figures[name])) if figures[name] else None for name in SPOKEN}
+    return {"pairs": len(waves)} | means
+
+
+def convert(run, clips, targets, screen):
+    """Clips, with a target each -> waves on the CPU, made in batches."""
+    torch.manual_seed(run.cfg.seed)  # some decoders sample
+    waves = []
+    for first in range(0, len(clips), AT_ONCE):
+        screen.progress(first, len(clips))
+        sources = [clip.wave.to(run.cfg.device) for clip in clips[first : first + AT_ONCE]]
+        waves += run.script.convert(run.model, sources, targets[first : first + AT_ONCE], run.cfg)
+    if not all(wave.isfinite().all() for wave in waves):
+        raise UserError(
+            f"{run.name}: converted speech is not finite; train it anew with a lower --lr"
+        )
+    return [wave.float().cpu() for wave in waves]
+
+
+def copy_synthesis(run, wave):
+    """(N,) -> (N',): Griffin-Lim of its own log-mel, a bound for methods that use it."""
+    mel = run.script.log_mel(wave[None].to(run.cfg.device), run.cfg)
+    magnitude = run.script.mel_to_magnitude(mel.exp(), run.cfg)
+    return run.script.griffin_lim(magnitude, run.cfg)[0].cpu()
+
+
+def target_of(run, listening, pair):
+    """What `convert` of this method takes as the target of a pair; None where it has none."""
+    is_known = pair.target is not None and pair.target < run.corpus.known
+    if run.script.TARGET == "speaker" and is_known:
+        return pair.target
+    if run.script.TARGET == "recording" and pair.target is not None:
+        return cut(run, listening, pair.recording).wave.to(run.cfg.device)
+    return None
+
+
+def prepare_listening(run, listening, screen):
+    """Fits the judge, cuts the sources and judges their copies, once for all runs of a setting."""
+    screen.begin("fitting the judge")
+    fit_judge(run, listening, screen)
+    screen.begin("copy synthesis")
+    listening.clips = {}
+    copies = []
+    sources = list(dict.fromkeys(pair.source for pair in listening.pairs))
+    for done, u in enumerate(sources):
+        screen.progress(done, len(sources))
+        clip = cut(run, listening, u)
+        clip.f0 = measure.yin(clip.wave, run.cfg.sample_rate)
+        listening.clips[u] = clip
+        copies.append(copy_synthesis(run, clip.wave))
+    listening.copy = judge_waves(run, listening, listening.clips.values(), copies)
+
+
+def measure_speech(run, setting, screen):
+    """-> SPOKEN of conversion, reconstruction and copy synthesis."""
+    listening = setting.closed if run.script.TARGET == "speaker" else setting.open
+    if not listening.pairs:
+        screen.note(f"{listening.pool.root}: one utterance a speaker, so none to convert")
+        return {"conversion": None, "reconstruction": None, "copy": None}
+    if listening.judge is None:
+        prepare_listening(run, listening, screen)
+    screen.begin("reconstructing and converting")
+    clips = list(listening.clips.values())
+    rebuilt = convert(run, clips, [None] * len(clips), screen)
+    table = {"conversion": None, "reconstruction": judge_waves(run, listening, clips, rebuilt)}
+    targets = [target_of(run, listening, pair) for pair in listening.pairs]
+    has_targets = all(target is not None for target in targets)
+    if run.script.TARGET and has_targets:
+        clips = [listening.clips[pair.source] for pair in listening.pairs]
+        waves = convert(run, clips, targets, screen)
+        speakers = [pair.target for pair in listening.pairs]
+        table["conversion"] = judge_waves(run, listening, clips, waves, speakers)
+    elif run.script.TARGET:
+        screen.note(f"{listening.pool.root}: no second speaker known, so none to convert to")
+    return table | {"copy": listening.copy}
+
+
+# ---------- the page ----------
+
+
+def printable(name):
+    """A name from a path of any bytes, with '?' for what is not text."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def row_key(listening, pair):
+    """What identifies a row of several runs: folder, utterance, target speaker."""
+    pool = listening.pool
+    target = "" if pair.target is None else pool.speakers[pair.target]
+    return str(pool.root), relative_name(pool, pair.source), target
+
+
+def add_clip(row, run, kind, wave, out):
+    """Writes a wave to out/audio, and adds it to a row of the page."""
+    is_given = kind in ("source", "copy", "target")  # the same for all runs
+    run_name = None if is_given else run.name
+    words = [str(row["number"]), Path(row["utterance"]).name[-60:], run_name or "", kind]
+    path = f"audio/{re.sub(r'[^a-zA-Z0-9.-]+', '_', '_'.join(words))}.wav"
+    run.script.write_audio(out / path, wave, run.cfg.sample_rate)
+    clip = {"run": run_name, "kind": kind, "path": path, "sample_rate": run.cfg.sample_rate}
+    clip["wave"] = wave.numpy().astype(np.float32)
+    clip["target"] = row["target_speaker"] if kind in ("target", "conversion") else None
+    row["clips"].append(clip)
+
+
+def new_row(run, listening, pair, number, out):
+    """A row of the page, with the source, its copy and a recording of the target."""
+    _, name, target = row_key(listening, pair)
+    clip = cut(run, listening, pair.source)
+    seconds = len(clip.wave) / run.cfg.sample_rate
+    row = {
+        "number": number,
+        "utterance": printable(Path(name).with_suffix("").as_posix()),
+        "speaker": printable(listening.pool.speakers[clip.speaker]),
+        "target_speaker": printable(target) or None,
+        "seconds": seconds,
+        "phones": [],
+        "clips": [],
+        "units": {},
+    }
+    if clip.labels is not None:
+        names = np.array(listening.classes)[clip.labels].tolist()
+        row["phones"] = measure.label_segments(names, clip.begin, seconds)
+    add_clip(row, run, "source", clip.wave, out)
+    add_clip(row, run, "copy", copy_synthesis(run, clip.wave), out)
+    if pair.recording is not None:
+        add_clip(row, run, "target", cut(run, listening, pair.recording).wave, out)
+    return row
+
+
+def read_units(run, wave, n_units):
+    """(N,) -> the units that a run reads from it, {run name: ..}; empty if the method has none."""
+    units = {}
+    for name, x in run.script.represent(run.model, wave.to(run.cfg.device), run.cfg).items():
+        if not x.is_floating_point():
+            ids = x.cpu().numpy().astype(np.int64)
+            units[run.name] = {"name": name, "ids": ids, "classes": max(n_units, ids.max() + 1)}
+    return units
+
+
+def show_run(run, setting, rows, n_units, out, screen):
+    """Adds what a run makes of the utterances of the page, and the units it reads from them."""
+    screen.begin("the page")
+    shown = [(rows[row_key(*where)], *where) for where in setting.shown()]
+    clips = [cut(run, listening, pair.source) for _, listening, pair in shown]
+    rebuilt = convert(run, clips, [None] * len(clips), screen)
+    for (row, _, _), clip, wave in zip(shown, clips, rebuilt):
+        add_clip(row, run, "reconstruction", wave, out)
+        row["units"] |= read_units(run, clip.wave, n_units)
+
+    # A method that knows its speakers by index has no target in the rows of unseen ones.
+    targets = [target_of(run, listening, pair) for _, listening, pair in shown]
+    with_target = [i for i, target in enumerate(targets) if target is not None]
+    sources = [clips[i] for i in with_target]
+    converted = convert(run, sources, [targets[i] for i in with_target], screen)
+    for i, wave in zip(with_target, converted):
+        add_clip(shown[i][0], run, "conversion", wave, out)
+
+
+def rows_of_page(runs, settings, usage, out, screen):
+    """The rows of the page. The run of the highest sample rate gives source, copy, target."""
+    rows = {}
+    for run in sorted(runs, key=lambda run: -run.cfg.sample_rate):
+        for listening, pair in settings[run.name].shown():
+            key = row_key(listening, pair)
+            if key not in rows:
+                rows[key] = new_row(run, listening, pair, len(rows), out)
+    for run in runs:
+        n_units = len(usage[run.name]["counts"]) if run.name in usage else 0
+        screen.run = run.name
+        show_run(run, settings[run.name], rows, n_units, out, screen)
+    return list(rows.values())
+
+
+def vectors_and_usage(run, setting, table):
+    """-> {representation: vectors of unseen speakers}, and how often each unit is used."""
+    vectors = {}
+    usage = None
+    test = run.corpus.test
+    for name, (_, held, unseen) in table.items():
+        if held.kind == "vector":
+            speakers = [printable(test.speakers[s]) for s in test.speaker[setting.unseen]]
+            vectors[name] = {"x": unseen.average.numpy(), "speaker": speakers}
+        if held.kind == "units":
+            usage = {"name": name, "counts": held.counts.numpy().astype(np.int64)}
+    return vectors, usage
+
+
+# ---------- the result ----------
+
+
+def spread(values):
+    """The same figure, or dict of figures, of several runs -> its mean and range."""
+    if None in values:
+        return None
+    if isinstance(values[0], dict):
+        return {name: spread([value[name] for value in values]) for name in values[0]}
+    return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
+
+
+def seeds_of(runs, result):
+    """Runs that differ in nothing but their seed -> mean and range of their figures."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        config = {k: v for k, v in asdict(run.cfg).items() if k not in ("seed", "out", "device")}
+        method = run.record.get("method_sha256")
+        groups[run.script.__name__, method, json.dumps(config, sort_keys=True)].append(run)
+    summaries = []
+    for (script, _, _), group in groups.items():
+        if len(group) == 1:
+            continue
+        measured = ("untrained", "representations", "conversion", "reconstruction", "copy")
+        entries = [{k: result["runs"][run.name][k] for k in measured} for run in group]
+        seeds = [run.cfg.seed for run in group]
+        names = [run.name for run in group]
+        summaries.append({"script": script, "runs": names, "seeds": seeds} | spread(entries))
+    return summaries
+
+
+def cells(row, figures):
+    """Figures of a row -> texts, in percent except the variance; of seeds mean and range."""
+    texts = []
+    for figure in figures:
+        scale, digits = (1, 3) if figure == "variance" else (100, 1)
+        value = row[figure]
+        if value is None:
+            texts.append("-")
+        elif isinstance(value, dict):
+            mean, low, high = (f"{scale * value[of]:.{digits}f}" for of in ("mean", "min", "max"))
+            texts.append(f"{mean} ({low}-{high})")
+        else:
+            texts.append(f"{scale * value:.{digits}f}")
+    return texts
+
+
+def representation_lines(name, entry):
+    """The lines of the table of representations for one run, or for the mean of several."""
+    rows = {what: entry[what] for what in ("chance", "log_mel") if what in entry}
+    for representation, row in entry["representations"].items():
+        rows[f"untrained {representation}"] = entry["untrained"][representation]
+        rows[representation] = row
+    return [[name, what, *cells(row, ROW)] for what, row in rows.items()]
+
+
+def speech_lines(name, entry):
+    """The lines of the table of speech."""
+    lines = []
+    for what in ("conversion", "reconstruction", "copy"):
+        if entry[what]:
+            lines.append([name, what, *cells(entry[what], SPOKEN)])
+    return lines
+
+
+def print_table(header, lines):
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    print()
+    for line in [header, *lines]:
+        names = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2])]
+        numbers = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
+        print("  ".join(names + numbers))
+
+
+def print_tables(result):
+    """The tables of result.json, in percent; the variance as the mean absolute log ratio."""
+    entries = dict(result["runs"])
+    for summary in result["seeds"]:
+        entries[f"mean of {len(summary['runs'])} {summary['script']}"] = summary
+    rows = [line for name, entry in entries.items() for line in representation_lines(name, entry)]
+    spoken = [line for name, entry in entries.items() for line in speech_lines(name, entry)]
+    print_table(["run", "percent", *ROW], rows)
+    print_table(["run", "percent", *SPOKEN], spoken)
+
+
+# ---------- the command ----------
+
+
+def reserve(out):
+    """Makes the output folder, --out or the next free one, so that nobody else can take it."""
+    if out:
+        folder = Path(out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                (folder / "audio").mkdir()  # fails if another comparison was faster
+                return folder
+        except FileExistsError:
+            pass
+        raise UserError(f"--out {out}: exists and is not empty; choose another folder")
+    Path("runs").mkdir(exist_ok=True)
+    number = 1
+    while True:
+        try:
+            folder = Path(f"runs/compare-{number}")
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def measure_run(run, setting, screen):
+    """-> the entry of a run in result.json, and the Features of its representations."""
+    if setting.log_mel is None:
+        measure_reference(run, setting, screen)
+    screen.begin("untrained")
+    fresh = untrained_model(run)
+    represent = run.script.represent
+    untrained, _ = measure_representations(
+        run, setting, lambda wave: represent(fresh, wave, run.cfg), screen
+    )
+    screen.begin("trained")
+    trained, table = measure_representations(
+        run, setting, lambda wave: represent(run.model, wave, run.cfg), screen
+    )
+    entry = {name: run.record.get(name) for name in RECORD}
+    entry |= {"chance": setting.chance, "log_mel": setting.log_mel}
+    entry |= {"untrained": untrained, "representations": trained}
+    return entry | measure_speech(run, setting, screen), table
+
+
+def settings_of(runs, args, screen):
+    """-> {name of a run: its Setting}, the same object for all runs that can share it."""
+    by_key = {}
+    settings = {}
+    for run in runs:
+        key = setting_key(run)
+        if key not in by_key:
+            by_key[key] = draw_setting(run, args, screen)
+        settings[run.name] = by_key[key]
+    return settings
+
+
+def only_or_all(values):
+    """One value if all agree, else the list of them."""
+    values = list(dict.fromkeys(values))
+    return values[0] if len(values) == 1 else values
+
+
+@torch.no_grad()
+def compare(args, scripts):
+    """Opens the runs, reads all labels, measures; writes result.json, audio and the page."""
+    import page  # here, because measuring needs no page
+
+    screen = Screen()
+    folders = args.runs or newest_runs()
+    names = unique_names(folders)
+    runs = [open_run(folder, name, scripts, args) for folder, name in zip(folders, names)]
+    settings = settings_of(runs, args, screen)
+
+    out = reserve(args.out)
+    result = {"runs": {}}
+    material = {"logs": {}, "vectors": {}, "usage": {}}
+    for number, run in enumerate(runs, 1):
+        screen.run = f"[{number}/{len(runs)}] {run.name}"
+        entry, table = measure_run(run, settings[run.name], screen)
+        result["runs"][run.name] = entry
+        vectors, usage = vectors_and_usage(run, settings[run.name], table)
+        material["logs"][run.name] = run.log
+        material["vectors"][run.name] = vectors
+        if usage:
+            material["usage"][run.name] = usage
+    result["seeds"] = seeds_of(runs, result)
+    result["compared"] = {
+        "data": only_or_all(str(run.corpus.root) for run in runs),
+        "test": only_or_all(str(run.corpus.test.root) for run in runs),
+        "seed": args.seed,
+        "pairs": args.pairs,
+    }
+    print_tables(result)
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+    material["rows"] = rows_of_page(runs, settings, material["usage"], out, screen)
+    page.write_page(out, result, material)
+    print(f"\nopen {out}/index.html; figures in {out}/result.json, the drawing in {out}/figure.svg")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; see compare.py --help\n")
+
+
+def parse(argv):
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or model.pt")
+    parser.add_argument("--data", help="folder of audio [that of the run]")
+    parser.add_argument("--test", help="folder of unseen speakers [that of the run]")
+    parser.add_argument("--phones", help="label file [DATA/phones.txt]")
+    parser.add_argument("--include", help="regex of the paths to keep [that of the run]")
+    parser.add_argument("--pairs", type=positive, default=100, help="to convert [100]")
+    parser.add_argument("--probe", type=positive, default=1500, help="utterances at most [1500]")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
+    parser.add_argument("--out", help="new folder [the next free runs/compare-N]")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """-> exit code."""
+    args = parse(argv)
+    mistakes = [UserError]
+    try:
+        scripts = {name: importlib.import_module(name) for name in SCRIPTS}
+        mistakes += [script.UserError for script in scripts.values()]
+        compare(args, scripts)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except torch.cuda.OutOfMemoryError:
+        message = "out of GPU memory; set CUDA_VISIBLE_DEVICES= to measure on the CPU"
+    except OSError as error:
+        message = f"{error}; free space there, or choose another place"
+    except tuple(mistakes) as error:
+        message = str(error)
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
