@@ -453,7 +453,12 @@ def audio_names(root):
     """Folder -> sorted names below it of its audio files, in linked folders too; `._*` is
     ignored."""
     files = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads back up
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
         files += [Path(folder, name) for name in names if not name.startswith("._")]
     names = sorted(str(f.relative_to(root)) for f in files if f.suffix.lower() in AUDIO_ENDINGS)
     if not names:
