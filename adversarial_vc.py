@@ -606,7 +606,12 @@ def audio_names(root):
     """Folder -> sorted names below it of its audio files, in linked folders too; `._*` is
     ignored."""
     files = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads back up
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
         files += [Path(folder, name) for name in names if not name.startswith("._")]
     names = sorted(str(f.relative_to(root)) for f in files if f.suffix.lower() in AUDIO_ENDINGS)
     if not names:
@@ -773,6 +778,8 @@ def load_corpus(cfg):
 def read_corpus(root, cfg, is_test):
     """One folder -> its Corpus."""
     names = [name for name in audio_names(root) if re.search(cfg.include, name)]
+    if not names:
+        raise UserError(f"{root}: no file has --include {cfg.include!r} in its path; change it")
     owners = find_speakers(names, cfg, least=1 if is_test else 2)
     audio, length, file = decode([root / name for name in names], cfg.sample_rate)
     names = [names[f] for f in file]  # (U,)
@@ -808,7 +815,7 @@ def find_speakers(names, cfg, least):
         r"([^/_-]+)[_-][^/]*$",
     ):
         matches = [re.search(layout, name) for name in names]
-        owners = [match[1] for match in matches if match]
+        owners = [match[1] for match in matches if match and match.re.groups]
         if len(owners) == len(names) and len(set(owners)) >= least:
             if layout == cfg.speaker:
                 return np.array(owners)
@@ -1017,7 +1024,6 @@ def parse(argv):
         allow_abbrev=False,
     )
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    parser.add_argument("mode", nargs="?", default="train", choices=["train", "convert", "encode"])
     for name in ("checkpoint", "source", "target", "output"):
         parser.add_argument(f"--{name}")
     for name in ("toy", "resume"):
@@ -1029,7 +1035,8 @@ def parse(argv):
             choices=get_args(field.type) or None,
             nargs="?" if field.name == "data" else None,  # --data alone: the toy voices
         )
-    flags = parser.parse_args(argv)
+    mode = argv[0] if argv and argv[0] in ("convert", "encode") else "train"
+    flags = parser.parse_args([a for a in argv if a != mode], argparse.Namespace(mode=mode))
     if flags.mode != "train" and None in (flags.checkpoint, flags.source, flags.output):
         parser.error(f"{flags.mode} needs --checkpoint, --source and --output")
     if flags.resume and not flags.out:
@@ -1187,7 +1194,7 @@ def optimize(model, optimizers, corpus, cfg, out, first):
         done = step + 1
         saving = done == cfg.steps or done % cfg.save_every == 0 or stop
         if saving or done % cfg.log_every == 0 or done - first in (1, 10):
-            log(metrics, done, (time.time() - began) / (done - first), cfg, out)
+            log(model, metrics, done, (time.time() - began) / (done - first), cfg, out)
         if saving and RANK == 0:
             save(
                 out / "model.pt",
@@ -1206,11 +1213,12 @@ def optimize(model, optimizers, corpus, cfg, out, first):
         signal.signal(number, signal.default_int_handler)
 
 
-def log(metrics, done, pace, cfg, out):
+def log(model, metrics, done, pace, cfg, out):
     """Prints the metrics of a step and appends them to log.jsonl."""
     line = {name: value.item() for name, value in metrics.items()}  # waits for the GPU
-    if not all(map(math.isfinite, line.values())):
-        raise UserError(f"step {done}: the loss is not finite; lower --lr")
+    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    if not (finite and all(map(math.isfinite, line.values()))):
+        raise UserError(f"step {done}: the loss or a weight is not finite; lower --lr")
     if RANK == 0:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
         left = timedelta(seconds=round((cfg.steps - done) * pace))
@@ -1247,22 +1255,22 @@ def convert_file(flags, given):
 
 
 def encode_files(flags, given):
-    """The representations of --source, a file or a folder -> --output/PATH.REPRESENTATION.npy."""
+    """The representations of --source, a file or a folder -> --output/NAME.REPRESENTATION.npy."""
     model, cfg, _ = load(flags.checkpoint, **given)
     source = Path(flags.source)
-    names = audio_names(source) if source.is_dir() else [""]
-    stems = [Path(name).with_suffix("") for name in names]
+    root = source if source.is_dir() else source.parent
+    names = audio_names(root) if source.is_dir() else [source.name]
+    stems = [str(Path(name).with_suffix("")) for name in names]
     if len(set(stems)) < len(stems):
-        raise UserError(
-            f"{max(stems, key=stems.count)}.*: two files would write one output; rename one"
-        )
-    for name in names:
-        rows = [represent(model, piece, cfg) for piece in read_source(source / name, cfg)]
-        for key, x in rows[0].items():
+        twin = max(stems, key=stems.count)
+        raise UserError(f"{twin}.*: two files would write one output; rename one")
+    for name, stem in zip(names, stems):
+        rows = [represent(model, piece, cfg) for piece in read_source(root / name, cfg)]
+        for key in rows[0]:
             x = [row[key] for row in rows]
             is_vector = x[0].dim() == 1 and x[0].is_floating_point()
             x = torch.stack(x).mean(0) if is_vector else torch.cat(x)
-            path = Path(flags.output, name or source.name).with_suffix(f".{key}.npy")
+            path = Path(flags.output, f"{stem}.{key}.npy")
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, x.cpu().numpy())
 
@@ -1279,6 +1287,8 @@ def main(argv):
         return 0
     except (UserError, OSError, sf.SoundFileError) as error:
         message = error
+    except re.error as error:
+        message = f"--speaker or --include: {error}; give a regular expression"
     except (MemoryError, RuntimeError) as error:
         if "alloc" not in str(error):
             raise

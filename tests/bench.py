@@ -60,9 +60,10 @@ def parts_fhvae(script, model, optimizers, cfg, x):
 
 def parts_adversarial_vc(script, model, optimizers, cfg, x):
     speaker = torch.arange(len(x), device=x.device) % model.n_speakers
-    step = lambda name, *rest: (
-        lambda: getattr(script, f"{name}_step")(model, optimizers, x, *rest, cfg)
-    )
+
+    def step(name, *rest):
+        return lambda: getattr(script, f"{name}_step")(model, optimizers, x, *rest, cfg)
+
     return {
         "auto-encoder": step("autoencoder", speaker, 0.0),
         "with adversary": step("autoencoder", speaker, 0.01),
@@ -125,7 +126,9 @@ def parts_dim(script, model, optimizers, cfg, x):
         ).backward()
         optimizers["decoder"].step()
 
-    score = lambda critic: lambda: script.bound(critic(c, y), cfg.objective)[0].backward()
+    def score(critic):
+        return lambda: script.bound(critic(c, y), cfg.objective)[0].backward()
+
     return {
         "dot critic": score(model.critics["local"]),
         "concat critic": score(concat),

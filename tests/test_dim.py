@@ -300,7 +300,9 @@ def test_concat_critic_factored_equals_tiled():
 
 
 def test_parameters_of_the_full_size():
-    count = lambda net: sum(p.numel() for p in net.parameters())
+    def count(net):
+        return sum(p.numel() for p in net.parameters())
+
     model = v.Model(v.Config(), 1)
     local = model.critics["local"]
     assert count(model.encoder) == 2_926_144
@@ -431,7 +433,10 @@ def test_prior_losses_in_closed_form():
 
 def test_penalty_is_the_mean_over_both_kinds():
     """|x|^2 / 2 has gradient x: the mean of |v|^2 and |q|^2, and it depends on the critic."""
-    half_square = lambda x: (x**2).sum(1, keepdim=True) / 2
+
+    def half_square(x):
+        return (x**2).sum(1, keepdim=True) / 2
+
     v_, q = torch.rand(5, 2), 3 * torch.rand(5, 2)
     expected = (v_.square().sum(1).mean() + q.square().sum(1).mean()) / 2
     difference = v.prior_critic_loss(half_square, v_, q, 1.0) - v.prior_critic_loss(
@@ -693,10 +698,15 @@ def test_the_share_of_steps(corpus):
 
 def test_the_control_is_the_encoder_before_training(corpus):
     model, optimizers, cfg = started(corpus)
-    same = lambda: all(
-        torch.equal(a, b)
-        for a, b in zip(model.encoder.state_dict().values(), model.control.state_dict().values())
-    )
+
+    def same():
+        return all(
+            torch.equal(a, b)
+            for a, b in zip(
+                model.encoder.state_dict().values(), model.control.state_dict().values()
+            )
+        )
+
     assert same()
     held = {id(p) for o in optimizers.values() for g in o.param_groups for p in g["params"]}
     assert not any(p.requires_grad or id(p) in held for p in model.control.parameters())
@@ -783,9 +793,11 @@ def test_retrieval(tmp_path, monkeypatch):
         cosine = y @ y.T - 3 * np.eye(6)
         return cosine, np.mean([who[cosine[i].argmax()] == who[i] for i in range(3)])
 
-    circle = lambda angles: [
-        [10 * math.cos(a * math.pi / 180), 10 * math.sin(a * math.pi / 180)] for a in angles
-    ]
+    def circle(angles):
+        return [
+            [10 * math.cos(a * math.pi / 180), 10 * math.sin(a * math.pi / 180)] for a in angles
+        ]
+
     good, bad = circle([0, 100, 200, 80, 95, 210]), circle([0, 120, 240, 5, 125, 245])
     monkeypatch.setattr(model.encoder, "forward", planted(list(zip(lengths, good))))
     monkeypatch.setattr(model.control, "forward", planted(list(zip(lengths, bad))))
