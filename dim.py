@@ -356,7 +356,8 @@ def bound(u, objective):
     be raised, and its ceiling; for dv, which has none, log of how many do not match, the most it can show."""
     B, T = u.shape[1:]
     match = torch.eye(B, dtype=torch.bool, device=u.device)  # U1: no look at who speaks
-    p, q = u[match], u[~match]  # (B, T), (B (B - 1), T)
+    p = u.diagonal(dim1=0, dim2=1).T  # (B, T)
+    q = u.flatten(0, 1)[1:].view(B - 1, B + 1, T)[:, :-1]  # what lies between the diagonal's cells
     if objective == "jsd":  # at best 2 JSD(p || q)
         return (math.log(2) - F.softplus(-p)).mean() + (
             math.log(2) - F.softplus(q)
@@ -399,11 +400,13 @@ def scores(model, x, cfg):
 
 def segments(model, corpus, cfg, step, draw=0, utterances=None):
     """-> x (B, T, M), with --pair cross (2 B, T, M): crops of a batch, then other crops of the same."""
-    batch = get_batch(corpus, cfg, step, draw, utterances)
-    x = model.crops(batch["wave"])
+    if cfg.pair == "cross" and utterances is None:
+        rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # not the numbers of get_batch
+        utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
+    x = model.crops(get_batch(corpus, cfg, step, draw, utterances)["wave"])
     if cfg.pair == "cross":
-        batch = get_batch(corpus, cfg, step, draw + 1, batch["utterance"].cpu().numpy())
-        x = torch.cat([x, model.crops(batch["wave"])])
+        again = get_batch(corpus, cfg, step, draw + 1, utterances)
+        x = torch.cat([x, model.crops(again["wave"])])
     return x
 
 

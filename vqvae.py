@@ -262,7 +262,10 @@ class VectorQuantizer(nn.Module):
             self.e.copy_(self.M / ((self.N + eps) / (total + K * eps) * total)[:, None])
         share = self.N.mean()
         dead = self.N < self.cfg.revive * share  # D2: all three, or the next M / N undoes it
-        self.N[dead], self.M[dead], self.e[dead] = share, random[dead] * share, random[dead]
+        # torch.where, because a boolean index would make the GPU wait
+        self.N.copy_(torch.where(dead, share, self.N))
+        self.M.copy_(torch.where(dead[:, None], random * share, self.M))
+        self.e.copy_(torch.where(dead[:, None], random, self.e))
 
     @torch.no_grad()
     def start(self, z):
@@ -541,7 +544,11 @@ def train_step(model, optimizers, corpus, step, cfg):
     optimizer.zero_grad()
     (nats + code_loss).backward()
     optimizer.step()
-    return {"nats": nats.detach(), "code_loss": code_loss.detach(), "perplexity": perplexity(ids)}
+    return {
+        "nats": nats.detach(),
+        "code_loss": code_loss.detach(),
+        "perplexity": batch_perplexity(ids.flatten()),
+    }
 
 
 # ==================== what it is good for ====================
@@ -577,6 +584,13 @@ def convert(model, sources, targets, cfg):
     sampler = Sampler(model.decoder, conditions, 2 * cfg.hop, torch if conditions.is_cuda else np)
     waves = inverse_mu_law(sampler.run(conditions.shape[1] * 2 * cfg.hop, cfg.temperature))
     return [row[: len(wave)] for row, wave in zip(waves, sources)]
+
+
+def batch_perplexity(ids):
+    """`perplexity` of a few ids (n,), in shapes that do not depend on their values, so that a GPU
+    need not wait: each symbol's share is found by comparing it with all n."""
+    share = (ids[:, None] == ids).float().mean(1)
+    return (-share.log().mean()).exp()
 
 
 def perplexity(ids):

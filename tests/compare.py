@@ -14,13 +14,15 @@ import argparse
 import collections
 import importlib
 import json
+import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
 
@@ -28,15 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import measure  # noqa: E402
+import page  # noqa: E402
+import speech  # noqa: E402
 from measure import UserError  # noqa: E402
+from page import SCRIPTS  # noqa: E402
+from speech import SPOKEN  # noqa: E402
 
-SCRIPTS = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
-FRAMES_TO_FIT = 40_000  # frames at most that a probe is fitted on
-FRAMES_TO_SCORE = 10_000  # and scored on
-AT_ONCE = 50  # waves in one call of convert: an autoregressive decoder samples them together
 SHOWN = 6  # rows of the page
 RECORD = "script method_sha256 command config data steps seconds hardware torch metrics".split()
-SPOKEN = "target source target_posterior source_posterior phones vde ffe variance".split()
 ROW = "phone speaker eer eer_lda nearest".split()
 
 
@@ -48,46 +49,10 @@ class Run:
     script: object  # the module
     model: object
     cfg: object
+    speakers: list  # names of those that the model knows, by its index
     corpus: object
     record: dict  # of run.json
     log: list  # of log.jsonl
-
-
-@dataclass(eq=False)
-class Pair:
-    """What is converted: an utterance, the target speaker, and a recording of that speaker."""
-
-    source: int
-    target: int | None = None
-    recording: int | None = None
-
-
-@dataclass(eq=False)
-class Clip:
-    """The loudest 3 s of an utterance, the second at which they begin, and what is known."""
-
-    wave: torch.Tensor
-    begin: float
-    speaker: int
-    labels: np.ndarray | None  # of the whole utterance, one per 10 ms
-    f0: torch.Tensor = None  # (T,) Hz, of the sources of pairs
-
-
-@dataclass(eq=False)
-class Listening:
-    """Pairs from one corpus, and probes of real speech that judge what is made from them."""
-
-    pool: object  # the corpus
-    judged: np.ndarray  # utterances that the probes are fitted on; disjoint from the pairs
-    pairs: list
-    labels: dict  # utterance -> labels, one per 10 ms
-    classes: list  # names of the labels
-    judge: object = None  # frames -> log posterior of the voices
-    voices: list = ()  # the speaker of each class of the judge
-    speller: object = None  # frames -> log posterior of the labels; None without labels
-    variance: dict = None  # speaker -> variance over time of real speech (n_mels,)
-    clips: dict = None  # source -> Clip
-    copy: dict = None  # verdict on copy synthesis
 
 
 @dataclass(eq=False)
@@ -97,8 +62,8 @@ class Setting:
     fit: np.ndarray  # utterances that probes are fitted on
     held: np.ndarray  # and scored on
     unseen: np.ndarray  # of corpus.test, for speaker verification
-    closed: Listening  # in the corpus; targets are training speakers
-    open: Listening  # in corpus.test; sources and targets are recordings of it
+    closed: speech.Listening  # in the corpus; targets are training speakers
+    open: speech.Listening  # in corpus.test; sources and targets are recordings of it
     chance: dict = None
     log_mel: dict = None
 
@@ -196,9 +161,9 @@ def unique_names(folders):
 
 def open_run(folder, name, scripts, args):
     """Loads the model, the corpus that it is measured on, and the records of its training."""
-    overrides = {}
+    overrides = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     if args.data is not None:
-        overrides = {"data": args.data, "test": ""}  # the old test folder need not fit
+        overrides |= {"data": args.data, "test": ""}  # the old test folder need not fit
     for flag in ("test", "include"):
         if getattr(args, flag) is not None:
             overrides[flag] = getattr(args, flag)
@@ -206,95 +171,80 @@ def open_run(folder, name, scripts, args):
     model, cfg, checkpoint = script.load(folder, **overrides)
     if args.test and not cfg.data:
         raise UserError(f"--test: {folder} was trained on the toy corpus; give --data, too")
-    corpus = script.load_corpus(cfg, checkpoint["speakers"])
+    corpus = script.load_corpus(cfg)
 
-    folder = checkpoint_of(folder).parent
     record = {
         "script": script.__name__,
         "steps": checkpoint["step"],
         "config": checkpoint["config"],
+        "data": describe(corpus, cfg),
     }
-    if (folder / "run.json").is_file():
-        record |= json.loads((folder / "run.json").read_text("utf-8"))
-    log = []
-    if (folder / "log.jsonl").is_file():
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    return Run(name, script, model, cfg, corpus, record, log)
+    folder = checkpoint_of(folder).parent
+    for line in read_json(folder / "run.json", by_line=False):
+        record |= line
+    log = read_json(folder / "log.jsonl", by_line=True)
+    return Run(name, script, model, cfg, checkpoint["speakers"], corpus, record, log)
+
+
+def read_json(file, by_line):
+    """The values of a file, one or one a line; none if there is no file, as in an unfinished run."""
+    if not file.is_file():
+        return []
+    text = file.read_text("utf-8", "replace")
+    try:
+        return [json.loads(part) for part in (text.splitlines() if by_line else [text])]
+    except ValueError:
+        raise UserError(f"{file}: damaged; remove it to measure the run without it") from None
+
+
+def describe(corpus, cfg):
+    """What a run is measured on, in numbers."""
+    utterances = np.concatenate([corpus.train, corpus.held])
+    return {
+        "folder": str(corpus.root),
+        "utterances": len(utterances),
+        "speakers": len(corpus.speakers),
+        "minutes": round(float(corpus.length[utterances].sum() / cfg.sample_rate / 60), 1),
+    }
 
 
 # ---------- which utterances ----------
 
 
-def relative_name(corpus, utterance):
-    return corpus.paths[utterance].relative_to(corpus.root).as_posix()
-
-
-def draw(corpus, utterances, limit, seed):
-    """At most `limit` of the utterances, drawn evenly over speakers."""
-    names = [relative_name(corpus, u) for u in utterances]
-    speakers = [corpus.speakers[corpus.speaker[u]] for u in utterances]
-    return utterances[measure.draw_evenly(names, speakers, limit, seed)]
-
-
-def split_for_judge(pool, args):
-    """-> utterances to fit the judge on, and utterances for pairs.
-
-    The judge is fitted on training utterances. A corpus of --test has none, so the judge gets every
-    second utterance of each speaker.
-    """
-    held = draw(pool, pool.held, len(pool.held), args.seed)
-    if len(pool.train):
-        return draw(pool, pool.train, args.probe, args.seed), held
-    turns = collections.Counter()
-    parts = ([], [])
-    for u in held:
-        speaker = pool.speaker[u]
-        parts[turns[speaker] % 2].append(u)
-        turns[speaker] += 1
-    return np.array(parts[0][: args.probe], int), np.array(parts[1], int)
-
-
-def draw_listening(pool, is_closed, args):
-    """Draws the pairs of one corpus. is_closed: the targets are speakers that the model knows."""
-    judged, rest = split_for_judge(pool, args)
-    voices = sorted(set(pool.speaker[judged].tolist()))
-    rest = [u for u in rest.tolist() if pool.speaker[u] in voices]
-    recordings = {s: [u for u in rest if pool.speaker[u] == s] for s in voices}
-    targets = [s for s in voices if recordings[s]]
-    if is_closed:
-        targets = [s for s in targets if s < pool.known]
-
-    uses = collections.Counter()
-    pairs = []
-    speakers = pool.speaker[rest].tolist()
-    for position, target in measure.draw_pairs(speakers, targets, args.pairs):
-        recording = recordings[target][uses[target] % len(recordings[target])]
-        uses[target] += 1
-        pairs.append(Pair(rest[position], target, recording))
-    if not pairs:  # a single speaker can still be reconstructed
-        pairs = [Pair(u) for u in rest[: args.pairs]]
-    return Listening(pool, judged, pairs, {}, [])
-
-
-def utterances_of(listening):
-    return [*listening.judged, *(pair.source for pair in listening.pairs)]
-
-
 def read_labels(corpus, file, cfg, needed):
-    """-> {utterance: (M,) labels, one per 10 ms}, and the names of the classes."""
-    names = [relative_name(corpus, u) for u in range(len(corpus.paths))]
-    return measure.read_labels(file, names, corpus.length / cfg.sample_rate, needed)
+    """-> {utterance: (M,) labels, one per 10 ms}, and the names of the classes.
+
+    The utterances of a long recording lie one after another, and share a line of the file.
+    """
+    first = {}  # path -> its first utterance
+    for u, path in enumerate(corpus.paths):
+        first.setdefault(path, u)
+    position = {path: i for i, path in enumerate(first)}
+    names = [path.relative_to(corpus.root).as_posix() for path in first]
+    recording = np.array([position[path] for path in corpus.paths])  # (U,)
+    seconds = np.bincount(recording, corpus.length) / cfg.sample_rate
+
+    rows, classes = measure.read_labels(file, names, seconds, recording[needed].tolist())
+    labels = {}
+    for u in needed:
+        if recording[u] in rows:
+            begin = corpus.start[u] - corpus.start[first[corpus.paths[u]]]
+            end = begin + corpus.length[u]
+            labels_a_sample = measure.LABELS_A_SECOND / cfg.sample_rate
+            part = slice(round(begin * labels_a_sample), math.ceil(end * labels_a_sample))
+            labels[u] = rows[recording[u]][part]
+    return labels, classes
 
 
 def draw_setting(run, args, screen):
     """Draws all utterances that are measured, and reads their labels."""
     corpus = run.corpus
     test = corpus.test
-    fit = draw(corpus, corpus.train, args.probe, args.seed)
-    held = draw(corpus, corpus.held, args.probe, args.seed)
-    unseen = draw(test, test.held, args.probe, args.seed)
-    closed = draw_listening(corpus, True, args)
-    opened = draw_listening(test, False, args)
+    fit = speech.draw(corpus, corpus.train, args.probe, args.seed)
+    held = speech.draw(corpus, corpus.held, args.probe, args.seed)
+    unseen = speech.draw(test, test.held, args.probe, args.seed)
+    closed = speech.draw_listening(corpus, args, known=run.speakers)
+    opened = speech.draw_listening(test, args)
     if test is corpus:
         screen.note(f"{corpus.root}: no --test, so the EER is of held-out speech of known speakers")
     setting = Setting(fit, held, unseen, closed, opened)
@@ -311,12 +261,12 @@ def read_data_labels(run, setting, args, screen):
     if args.phones and not file.is_file():
         raise UserError(f"--phones {file}: no such file; give a label file")
     if file.is_file():
-        needed = [*setting.fit, *setting.held, *utterances_of(closed)]
+        needed = [*setting.fit, *setting.held, *speech.utterances_of(closed)]
         if corpus.test is corpus:
-            needed += utterances_of(setting.open)
+            needed += speech.utterances_of(setting.open)
         closed.labels, closed.classes = read_labels(corpus, file, run.cfg, needed)
         if not closed.labels:
-            example = Path(relative_name(corpus, setting.fit[0])).with_suffix("")
+            example = corpus.paths[0].relative_to(corpus.root).with_suffix("")
             raise UserError(f"{file}: no line begins with an utterance id, such as {example}")
     else:
         screen.note(f"{file}: no such file, so no figures of phones; name one with --phones")
@@ -333,7 +283,7 @@ def read_test_labels(run, setting, args, screen):
         opened.labels = setting.closed.labels
         opened.classes = setting.closed.classes
     elif file.exists():
-        needed = utterances_of(opened)
+        needed = speech.utterances_of(opened)
         opened.labels, opened.classes = read_labels(test, file, run.cfg, needed)
     else:
         screen.note(f"{file}: no such file, so phones kept are not counted in {test.root}")
@@ -343,7 +293,7 @@ def setting_key(run):
     cfg = run.cfg
     corpora = (str(run.corpus.root), str(run.corpus.test.root), cfg.speaker, cfg.include)
     spectrum = (cfg.sample_rate, cfg.n_fft, cfg.win, cfg.hop, cfg.n_mels)
-    return *corpora, *spectrum, run.corpus.known, *run.corpus.speakers
+    return *corpora, *spectrum, *run.speakers
 
 
 # ---------- what representations know ----------
@@ -424,8 +374,8 @@ def measure_representations(run, setting, encode, screen):
     corpus, test = run.corpus, run.corpus.test
     labels = setting.closed.labels
     collected = [
-        collect(run, encode, corpus, setting.fit, labels, FRAMES_TO_FIT, screen),
-        collect(run, encode, corpus, setting.held, labels, FRAMES_TO_SCORE, screen),
+        collect(run, encode, corpus, setting.fit, labels, measure.FRAMES_TO_FIT, screen),
+        collect(run, encode, corpus, setting.held, labels, measure.FRAMES_TO_SCORE, screen),
     ]
     if test is not corpus:
         collected.append(collect(run, encode, test, setting.unseen, {}, 0, screen))
@@ -470,172 +420,12 @@ def measure_reference(run, setting, screen):
 def untrained_model(run):
     """The same model as it was before its first step."""
     torch.manual_seed(run.cfg.seed)
-    model = run.script.Model(run.cfg, run.corpus.known).to(run.cfg.device)
+    model = run.script.Model(run.cfg, len(run.speakers)).to(run.cfg.device)
     run.script.prepare(model, run.corpus, run.cfg)
     return model.eval()
 
 
 # ---------- what conversions sound like ----------
-
-
-def mel_of(run, wave):
-    """(N,) -> (T, n_mels) log-mel as the judge sees it."""
-    return measure.audible(run.script.log_mel(wave[None].to(run.cfg.device), run.cfg)[0].cpu())
-
-
-def cut(run, listening, utterance):
-    """An utterance -> the Clip that is converted and judged."""
-    wave = listening.pool.wave(utterance).cpu()
-    start, end = measure.loudest_window(wave, run.cfg.sample_rate)
-    speaker = int(listening.pool.speaker[utterance])
-    labels = listening.labels.get(utterance)
-    return Clip(wave[start:end], start / run.cfg.sample_rate, speaker, labels)
-
-
-def labels_of(run, clip, frames):
-    seconds = len(clip.wave) / run.cfg.sample_rate
-    return measure.labels_of_frames(clip.labels, frames, seconds, clip.begin)
-
-
-def fit_judge(run, listening, screen):
-    """Fits the judge of voices and the speller on real speech; keeps its variance over time."""
-    listening.voices = sorted(set(listening.pool.speaker[listening.judged].tolist()))
-    frames_each = max(1, FRAMES_TO_FIT // len(listening.judged))
-    spectra = []
-    voices = []
-    labeled = []  # the spectra that have labels
-    phones = []
-    variances = collections.defaultdict(list)
-    for done, u in enumerate(listening.judged.tolist()):
-        screen.progress(done, len(listening.judged))
-        clip = cut(run, listening, u)
-        mel = mel_of(run, clip.wave)
-        variances[clip.speaker].append(measure.variance_over_time(mel))
-        at = measure.evenly_spaced(len(mel), frames_each)
-        spectra.append(mel[at])
-        voices.append(torch.full((len(at),), listening.voices.index(clip.speaker)))
-        if clip.labels is not None:
-            labeled.append(mel[at])
-            phones.append(labels_of(run, clip, len(mel))[at])
-    listening.variance = {s: torch.stack(rows).mean(0) for s, rows in variances.items()}
-    n_voices = len(listening.voices)
-    listening.judge = measure.linear_probe(torch.cat(spectra), torch.cat(voices), n_voices)
-    if labeled:
-        n_phones = len(listening.classes)
-        listening.speller = measure.linear_probe(torch.cat(labeled), torch.cat(phones), n_phones)
-
-
-def judge_wave(run, listening, clip, wave, target, source):
-    """One wave made from a clip -> its figures, and its variance. Source None: not asked."""
-    mel = mel_of(run, wave)
-    posterior = measure.verdict(listening.judge, mel)
-    heard = listening.voices[int(posterior.argmax())]
-    vde, ffe = measure.f0_errors(measure.yin(wave, run.cfg.sample_rate), clip.f0)
-    figures = {
-        "target": float(heard == target),
-        "target_posterior": posterior[listening.voices.index(target)].item(),
-        "vde": vde,
-        "ffe": ffe,
-    }
-    if source is not None:
-        figures["source"] = float(heard == source)
-        figures["source_posterior"] = posterior[listening.voices.index(source)].item()
-    if listening.speller and clip.labels is not None:
-        is_kept = listening.speller(mel).argmax(1) == labels_of(run, clip, len(mel))
-        figures["phones"] = is_kept.float().mean().item()
-    return figures, measure.variance_over_time(mel)
-
-
-def judge_waves(run, listening, clips, waves, targets=None):
-    """Waves made from clips -> SPOKEN. Without targets each is judged as its own speaker."""
-    figures = collections.defaultdict(list)
-    variances = collections.defaultdict(list)
-    for i, (clip, wave) in enumerate(zip(clips, waves)):
-        target = targets[i] if targets else clip.speaker
-        source = clip.speaker if targets else None
-        of_wave, variance = judge_wave(run, listening, clip, wave, target, source)
-        for name, value in of_wave.items():
-            figures[name].append(value)
-        variances[target].append(variance)
-    for speaker, rows in variances.items():
-        made = torch.stack(rows).mean(0)
-        ratio = measure.log_variance_ratio(made, listening.variance[speaker])
-        figures["variance"].append(ratio)
-    means = {name: float(np.mean(figures[name])) if figures[name] else None for name in SPOKEN}
-    return {"pairs": len(waves)} | means
-
-
-def convert(run, clips, targets, screen):
-    """Clips, with a target each -> waves on the CPU, made in batches."""
-    torch.manual_seed(run.cfg.seed)  # some decoders sample
-    waves = []
-    for first in range(0, len(clips), AT_ONCE):
-        screen.progress(first, len(clips))
-        sources = [clip.wave.to(run.cfg.device) for clip in clips[first : first + AT_ONCE]]
-        waves += run.script.convert(run.model, sources, targets[first : first + AT_ONCE], run.cfg)
-    if not all(wave.isfinite().all() for wave in waves):
-        raise UserError(
-            f"{run.name}: converted speech is not finite; train it anew with a lower --lr"
-        )
-    return [wave.float().cpu() for wave in waves]
-
-
-def copy_synthesis(run, wave):
-    """(N,) -> (N',): Griffin-Lim of its own log-mel, a bound for methods that use it."""
-    mel = run.script.log_mel(wave[None].to(run.cfg.device), run.cfg)
-    magnitude = run.script.mel_to_magnitude(mel.exp(), run.cfg)
-    return run.script.griffin_lim(magnitude, run.cfg)[0].cpu()
-
-
-def target_of(run, listening, pair):
-    """What `convert` of this method takes as the target of a pair; None where it has none."""
-    is_known = pair.target is not None and pair.target < run.corpus.known
-    if run.script.TARGET == "speaker" and is_known:
-        return pair.target
-    if run.script.TARGET == "recording" and pair.target is not None:
-        return cut(run, listening, pair.recording).wave.to(run.cfg.device)
-    return None
-
-
-def prepare_listening(run, listening, screen):
-    """Fits the judge, cuts the sources and judges their copies, once for all runs of a setting."""
-    screen.begin("fitting the judge")
-    fit_judge(run, listening, screen)
-    screen.begin("copy synthesis")
-    listening.clips = {}
-    copies = []
-    sources = list(dict.fromkeys(pair.source for pair in listening.pairs))
-    for done, u in enumerate(sources):
-        screen.progress(done, len(sources))
-        clip = cut(run, listening, u)
-        clip.f0 = measure.yin(clip.wave, run.cfg.sample_rate)
-        listening.clips[u] = clip
-        copies.append(copy_synthesis(run, clip.wave))
-    listening.copy = judge_waves(run, listening, listening.clips.values(), copies)
-
-
-def measure_speech(run, setting, screen):
-    """-> SPOKEN of conversion, reconstruction and copy synthesis."""
-    listening = setting.closed if run.script.TARGET == "speaker" else setting.open
-    if not listening.pairs:
-        screen.note(f"{listening.pool.root}: one utterance a speaker, so none to convert")
-        return {"conversion": None, "reconstruction": None, "copy": None}
-    if listening.judge is None:
-        prepare_listening(run, listening, screen)
-    screen.begin("reconstructing and converting")
-    clips = list(listening.clips.values())
-    rebuilt = convert(run, clips, [None] * len(clips), screen)
-    table = {"conversion": None, "reconstruction": judge_waves(run, listening, clips, rebuilt)}
-    targets = [target_of(run, listening, pair) for pair in listening.pairs]
-    has_targets = all(target is not None for target in targets)
-    if run.script.TARGET and has_targets:
-        clips = [listening.clips[pair.source] for pair in listening.pairs]
-        waves = convert(run, clips, targets, screen)
-        speakers = [pair.target for pair in listening.pairs]
-        table["conversion"] = judge_waves(run, listening, clips, waves, speakers)
-    elif run.script.TARGET:
-        screen.note(f"{listening.pool.root}: no second speaker known, so none to convert to")
-    return table | {"copy": listening.copy}
 
 
 # ---------- the page ----------
@@ -650,7 +440,7 @@ def row_key(listening, pair):
     """What identifies a row of several runs: folder, utterance, target speaker."""
     pool = listening.pool
     target = "" if pair.target is None else pool.speakers[pair.target]
-    return str(pool.root), relative_name(pool, pair.source), target
+    return str(pool.root), speech.names_of(pool)[pair.source], target
 
 
 def add_clip(row, run, kind, wave, out):
@@ -669,7 +459,7 @@ def add_clip(row, run, kind, wave, out):
 def new_row(run, listening, pair, number, out):
     """A row of the page, with the source, its copy and a recording of the target."""
     _, name, target = row_key(listening, pair)
-    clip = cut(run, listening, pair.source)
+    clip = speech.cut(run, listening, pair.source)
     seconds = len(clip.wave) / run.cfg.sample_rate
     row = {
         "number": number,
@@ -685,9 +475,9 @@ def new_row(run, listening, pair, number, out):
         names = np.array(listening.classes)[clip.labels].tolist()
         row["phones"] = measure.label_segments(names, clip.begin, seconds)
     add_clip(row, run, "source", clip.wave, out)
-    add_clip(row, run, "copy", copy_synthesis(run, clip.wave), out)
+    add_clip(row, run, "copy", speech.copy_synthesis(run, clip.wave), out)
     if pair.recording is not None:
-        add_clip(row, run, "target", cut(run, listening, pair.recording).wave, out)
+        add_clip(row, run, "target", speech.cut(run, listening, pair.recording).wave, out)
     return row
 
 
@@ -705,17 +495,17 @@ def show_run(run, setting, rows, n_units, out, screen):
     """Adds what a run makes of the utterances of the page, and the units it reads from them."""
     screen.begin("the page")
     shown = [(rows[row_key(*where)], *where) for where in setting.shown()]
-    clips = [cut(run, listening, pair.source) for _, listening, pair in shown]
-    rebuilt = convert(run, clips, [None] * len(clips), screen)
+    clips = [speech.cut(run, listening, pair.source) for _, listening, pair in shown]
+    rebuilt = speech.convert(run, clips, [None] * len(clips), screen)
     for (row, _, _), clip, wave in zip(shown, clips, rebuilt):
         add_clip(row, run, "reconstruction", wave, out)
         row["units"] |= read_units(run, clip.wave, n_units)
 
     # A method that knows its speakers by index has no target in the rows of unseen ones.
-    targets = [target_of(run, listening, pair) for _, listening, pair in shown]
+    targets = [speech.target_of(run, listening, pair) for _, listening, pair in shown]
     with_target = [i for i, target in enumerate(targets) if target is not None]
     sources = [clips[i] for i in with_target]
-    converted = convert(run, sources, [targets[i] for i in with_target], screen)
+    converted = speech.convert(run, sources, [targets[i] for i in with_target], screen)
     for i, wave in zip(with_target, converted):
         add_clip(shown[i][0], run, "conversion", wave, out)
 
@@ -741,10 +531,10 @@ def vectors_and_usage(run, setting, table):
     usage = None
     test = run.corpus.test
     for name, (_, held, unseen) in table.items():
-        if held.kind == "vector":
+        if held.kind != "units":
             speakers = [printable(test.speakers[s]) for s in test.speaker[setting.unseen]]
             vectors[name] = {"x": unseen.average.numpy(), "speaker": speakers}
-        if held.kind == "units":
+        else:
             usage = {"name": name, "counts": held.counts.numpy().astype(np.int64)}
     return vectors, usage
 
@@ -761,22 +551,16 @@ def spread(values):
     return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
 
 
-def seeds_of(runs, result):
+def seeds_of(result):
     """Runs that differ in nothing but their seed -> mean and range of their figures."""
-    groups = collections.defaultdict(list)
-    for run in runs:
-        config = {k: v for k, v in asdict(run.cfg).items() if k not in ("seed", "out", "device")}
-        method = run.record.get("method_sha256")
-        groups[run.script.__name__, method, json.dumps(config, sort_keys=True)].append(run)
+    measured = ("untrained", "representations", "conversion", "reconstruction", "copy")
     summaries = []
-    for (script, _, _), group in groups.items():
-        if len(group) == 1:
-            continue
-        measured = ("untrained", "representations", "conversion", "reconstruction", "copy")
-        entries = [{k: result["runs"][run.name][k] for k in measured} for run in group]
-        seeds = [run.cfg.seed for run in group]
-        names = [run.name for run in group]
-        summaries.append({"script": script, "runs": names, "seeds": seeds} | spread(entries))
+    for group in page.make_groups(result):
+        if len(group.runs) > 1:
+            facts = {"script": group.script, "runs": group.names}
+            facts["seeds"] = [run["config"]["seed"] for run in group.runs]
+            figures = spread([{key: run[key] for key in measured} for run in group.runs])
+            summaries.append(facts | figures)
     return summaries
 
 
@@ -877,7 +661,7 @@ def measure_run(run, setting, screen):
     entry = {name: run.record.get(name) for name in RECORD}
     entry |= {"chance": setting.chance, "log_mel": setting.log_mel}
     entry |= {"untrained": untrained, "representations": trained}
-    return entry | measure_speech(run, setting, screen), table
+    return entry | speech.measure_speech(run, setting, screen), table
 
 
 def settings_of(runs, args, screen):
@@ -901,8 +685,6 @@ def only_or_all(values):
 @torch.no_grad()
 def compare(args, scripts):
     """Opens the runs, reads all labels, measures; writes result.json, audio and the page."""
-    import page  # here, because measuring needs no page
-
     screen = Screen()
     folders = args.runs or newest_runs()
     names = unique_names(folders)
@@ -921,12 +703,13 @@ def compare(args, scripts):
         material["vectors"][run.name] = vectors
         if usage:
             material["usage"][run.name] = usage
-    result["seeds"] = seeds_of(runs, result)
+    result["seeds"] = seeds_of(result)
     result["compared"] = {
         "data": only_or_all(str(run.corpus.root) for run in runs),
         "test": only_or_all(str(run.corpus.test.root) for run in runs),
         "seed": args.seed,
         "pairs": args.pairs,
+        "date": time.strftime("%Y-%m-%d"),
     }
     print_tables(result)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -969,6 +752,7 @@ def parse(argv):
 def main(argv):
     """-> exit code."""
     args = parse(argv)
+    sys.stdout.reconfigure(errors="replace")
     mistakes = [UserError]
     try:
         scripts = {name: importlib.import_module(name) for name in SCRIPTS}
@@ -977,13 +761,17 @@ def main(argv):
         return 0
     except KeyboardInterrupt:
         return 130
-    except torch.cuda.OutOfMemoryError:
-        message = "out of GPU memory; set CUDA_VISIBLE_DEVICES= to measure on the CPU"
-    except OSError as error:
-        message = f"{error}; free space there, or choose another place"
     except tuple(mistakes) as error:
-        message = str(error)
-    print("error:", " ".join(message.split()), file=sys.stderr)
+        message = error
+    except re.error as error:
+        message = f"--include, or --speaker of the run: {error}; give a regular expression"
+    except (OSError, soundfile.SoundFileError) as error:
+        message = f"{error}; choose another place, or free space there"
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        message = "out of memory; lower --probe, or set CUDA_VISIBLE_DEVICES= to measure on the CPU"
+    print("error:", " ".join(str(message).split())[:600], file=sys.stderr)
     return 1
 
 

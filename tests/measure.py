@@ -17,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+FRAMES_TO_FIT = 40_000  # frames at most that a probe is fitted on
+FRAMES_TO_SCORE = 10_000  # and scored on
 LABELS_A_SECOND = 100  # of phones.txt: one label per 10 ms
 LABEL_SLACK = 5  # labels that an utterance may have too many or too few
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au")
 FLOOR = math.log(1e-3)  # log-mel below this is inaudible, and the judge does not see it
 DECIBEL_SQUARED = (math.log(10) / 20) ** 2  # a variance of 1 dB^2, in squared natural logs
 
@@ -402,7 +404,7 @@ def lines_of(file):
 def read_labels(file, names, seconds, needed):
     """Reads the lines "utterance-id label label .." of a label file, checked line by line.
 
-    names: path below the data folder of every utterance; seconds: how long each is; needed:
+    names: path below the data folder of every recording; seconds: how long each is; needed:
     positions of those whose labels are kept. Returns ({position: (M,) int array}, sorted names of
     the classes); UserError with the file, the line and the remedy if the file has another format.
     """

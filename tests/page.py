@@ -1315,8 +1315,12 @@ def introduction(result, has_phones):
     """What is compared, and when, and how to read the figure."""
     compared = result.get("compared") or {}
     n_runs = len(result["runs"])
-    today = time.strftime("%d %B %Y").lstrip("0")
-    facts = [f"{n_runs} run{'s' * (n_runs != 1)}, measured on {today} on the same utterances"]
+    facts = [f"{n_runs} run{'s' * (n_runs != 1)}"]
+    if n_runs > 1 and isinstance(compared.get("data"), str):
+        facts[0] += " on the same utterances"
+    if compared.get("date"):
+        date = time.strptime(compared["date"], "%Y-%m-%d")
+        facts[0] += f", measured on {time.strftime('%d %B %Y', date).lstrip('0')}"
     if compared.get("data"):
         facts.append(f"training speakers from {plain(compared['data'])}")
     if compared.get("test"):

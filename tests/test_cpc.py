@@ -1261,24 +1261,24 @@ def probes(model, corpus, cfg, utterances):
 
 
 def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
-    """Both phases, against the untrained control: c gains phones, units lose more of the speaker than c has lost, InfoNCE falls
-    below log N, and far more conversions than sources are closer to the target's average spectrum than to the source's."""
+    """Both phases, against the untrained control: c and units gain phones, c loses the speaker, by whom negatives of the same
+    sequence cannot be told, InfoNCE falls below log N, and far more conversions than sources are closer to the target's average spectrum than to the source's."""
     monkeypatch.chdir(toy_folder)
-    cfg = v.Config(**v.TOY | dict(steps=360, cpc_share=0.8, device="cpu"))
+    cfg = v.Config(**v.TOY | dict(steps=300, cpc_share=0.8, device="cpu"))
     with redirect_stdout(io.StringIO()):
         corpus = v.load_corpus(cfg)
     torch.manual_seed(0)
     model = v.Model(cfg, len(corpus.speakers))
     v.prepare(model, corpus, cfg)
-    untrained = probes(model.eval(), corpus, cfg, 200)
+    untrained = probes(model.eval(), corpus, cfg, 400)
     optimizers = v.make_optimizers(model, cfg)
     logs = [v.train_step(model.train(), optimizers, corpus, step, cfg) for step in range(cfg.steps)]
-    trained = probes(model.eval(), corpus, cfg, 200)
-    print(untrained, trained, logs[287], logs[288], logs[-1])
-    assert logs[287]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[288]["decoder_loss"]
+    trained = probes(model.eval(), corpus, cfg, 400)
+    print(untrained, trained, logs[239], logs[240], logs[-1])
+    assert logs[239]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[240]["decoder_loss"]
     assert trained["c"]["phone"] > untrained["c"]["phone"] + 0.1
-    assert trained["units"]["speaker"] < trained["c"]["speaker"] - 0.15
-    assert trained["units"]["phone"] > untrained["units"]["phone"]
+    assert trained["c"]["speaker"] < untrained["c"]["speaker"] - 0.1
+    assert trained["units"]["phone"] > untrained["units"]["phone"] + 0.1
     us = corpus.held[:32]
     source = torch.from_numpy(corpus.speaker[us])
     aims = (source + 1 + torch.arange(32) % 23) % 24
