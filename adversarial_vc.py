@@ -883,11 +883,12 @@ def decode_files(paths, sample_rate, folder):
         except UserError:
             wave = torch.zeros(0)
         if (wave.abs() > 2).any():
-            print(f"warning: {path}: samples far beyond -1..1 are cut; rescale it")
+            loud.append(path)
         return (wave * 32768).round().clamp(-32768, 32767).short().numpy()
 
     pieces = [(file, *piece) for file, path in enumerate(paths) for piece in find_pieces(path)]
     lengths = []
+    loud = []
     folder.mkdir()
     with open(folder / "audio.pcm", "wb") as audio, ThreadPoolExecutor() as pool:
         for i in range(0, len(pieces), 64):  # so many are in memory at a time
@@ -897,6 +898,10 @@ def decode_files(paths, sample_rate, folder):
                 lengths.append(len(wave))
                 audio.write(wave)
         audio.write(bytes(2))  # an empty file cannot be mapped
+    if loud:
+        print(
+            f"warning: {len(loud)} recordings go far beyond -1..1, such as {loud[0]}; rescale them"
+        )
     np.save(folder / "pieces.npy", [lengths, [piece[0] for piece in pieces]])
 
 
@@ -1264,8 +1269,13 @@ def encode_files(flags, given):
     if len(set(stems)) < len(stems):
         twin = max(stems, key=stems.count)
         raise UserError(f"{twin}.*: two files would write one output; rename one")
+    failed = []
     for name, stem in zip(names, stems):
-        rows = [represent(model, piece, cfg) for piece in read_source(root / name, cfg)]
+        try:
+            rows = [represent(model, piece, cfg) for piece in read_source(root / name, cfg)]
+        except UserError as error:
+            failed.append(error)
+            continue
         for key in rows[0]:
             x = [row[key] for row in rows]
             is_vector = x[0].dim() == 1 and x[0].is_floating_point()
@@ -1273,6 +1283,8 @@ def encode_files(flags, given):
             path = Path(flags.output, f"{stem}.{key}.npy")
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, x.cpu().numpy())
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} files not encoded, the first: {failed[0]}")
 
 
 def main(argv):

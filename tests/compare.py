@@ -159,8 +159,11 @@ def unique_names(folders):
     return names
 
 
-def open_run(folder, name, scripts, args):
-    """Loads the model, the corpus that it is measured on, and the records of its training."""
+def open_run(folder, name, scripts, args, corpora):
+    """Loads the model, the corpus that it is measured on, and the records of its training.
+
+    corpora: those that other runs have loaded, to which this one is added if it is another.
+    """
     overrides = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     if args.data is not None:
         overrides |= {"data": args.data, "test": ""}  # the old test folder need not fit
@@ -171,7 +174,10 @@ def open_run(folder, name, scripts, args):
     model, cfg, checkpoint = script.load(folder, **overrides)
     if args.test and not cfg.data:
         raise UserError(f"--test: {folder} was trained on the toy corpus; give --data, too")
-    corpus = script.load_corpus(cfg)
+    key = (cfg.data, cfg.test, cfg.include, cfg.speaker, cfg.sample_rate, cfg.win)
+    if key not in corpora:
+        corpora[key] = script.load_corpus(cfg)
+    corpus = corpora[key]
 
     record = {
         "script": script.__name__,
@@ -244,7 +250,10 @@ def draw_setting(run, args, screen):
     held = speech.draw(corpus, corpus.held, args.probe, args.seed)
     unseen = speech.draw(test, test.held, args.probe, args.seed)
     closed = speech.draw_listening(corpus, args, known=run.speakers)
-    opened = speech.draw_listening(test, args)
+    if test is corpus and set(corpus.speakers) <= set(run.speakers):
+        opened = closed
+    else:
+        opened = speech.draw_listening(test, args)
     if test is corpus:
         screen.note(f"{corpus.root}: no --test, so the EER is of held-out speech of known speakers")
     setting = Setting(fit, held, unseen, closed, opened)
@@ -425,9 +434,6 @@ def untrained_model(run):
     return model.eval()
 
 
-# ---------- what conversions sound like ----------
-
-
 # ---------- the page ----------
 
 
@@ -440,7 +446,7 @@ def row_key(listening, pair):
     """What identifies a row of several runs: folder, utterance, target speaker."""
     pool = listening.pool
     target = "" if pair.target is None else pool.speakers[pair.target]
-    return str(pool.root), speech.names_of(pool)[pair.source], target
+    return str(pool.root), speech.name_of(pool, pair.source), target
 
 
 def add_clip(row, run, kind, wave, out):
@@ -688,7 +694,8 @@ def compare(args, scripts):
     screen = Screen()
     folders = args.runs or newest_runs()
     names = unique_names(folders)
-    runs = [open_run(folder, name, scripts, args) for folder, name in zip(folders, names)]
+    corpora = {}
+    runs = [open_run(*run, scripts, args, corpora) for run in zip(folders, names)]
     settings = settings_of(runs, args, screen)
 
     out = reserve(args.out)

@@ -1271,7 +1271,8 @@ SECTIONS = (
         "speech",
         "How the speech comes out",
         "Copies went through the spectrogram and Griffin-Lim alone: they show what the judge and the "
-        "probes hear at best. Green marks the best conversion.",
+        "probes hear at best. The target of a copy or a reconstruction is its own speaker. Green "
+        "marks the best conversion.",
     ),
     (
         "listen",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What conversions sound like: draws pairs of speakers, converts, and lets probes of real speech judge.
+"""What conversions sound like: pairs of speakers, converted, and judged by probes of real speech.
 
 A run is what tests/compare.py loads: script, model, cfg, and the names of the speakers it knows. A
 pool is the corpus that sources and targets come from. Its speakers are numbered on their own, so
@@ -59,29 +59,26 @@ class Listening:
 # ---------- which utterances ----------
 
 
-def names_of(corpus):
-    """Path below the data folder of every utterance.
+def name_of(corpus, utterance):
+    """The path of an utterance below the data folder.
 
-    A long recording is several utterances; from the second on they carry a number, as in long#2.wav.
+    A long recording is several utterances in a row, named long.wav, long#2.wav, long#3.wav ..
     """
-    names = []
-    pieces = collections.Counter()
-    for path in corpus.paths:
-        name = path.relative_to(corpus.root)
-        pieces[name] += 1
-        if pieces[name] > 1:
-            name = name.with_stem(f"{name.stem}#{pieces[name]}")
-        names.append(name.as_posix())
-    return names
+    path = corpus.paths[utterance]
+    name = path.relative_to(corpus.root)
+    number = 1
+    while utterance >= number and corpus.paths[utterance - number] == path:
+        number += 1
+    if number > 1:
+        name = name.with_stem(f"{name.stem}#{number}")
+    return name.as_posix()
 
 
 def draw(corpus, utterances, limit, seed):
     """At most `limit` of the utterances, drawn evenly over speakers."""
-    names = names_of(corpus)
-    drawn = measure.draw_evenly(
-        [names[u] for u in utterances], corpus.speaker[utterances].tolist(), limit, seed
-    )
-    return utterances[drawn]
+    names = [name_of(corpus, u) for u in utterances]
+    speakers = corpus.speaker[utterances].tolist()
+    return utterances[measure.draw_evenly(names, speakers, limit, seed)]
 
 
 def split_for_judge(pool, args):

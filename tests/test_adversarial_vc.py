@@ -1032,7 +1032,6 @@ def test_a_fifth_of_the_toy_run(toy_folder, monkeypatch):
         losses += [log["reconstruction_loss"].item()] if "reconstruction_loss" in log else []
     assert phases == {0, 1, 2, 3} and np.mean(losses[-10:]) < 0.4 * np.mean(losses[:5])
     trained = probes(model.eval(), corpus, cfg, 200)
-    print(untrained, trained, losses[:5], losses[-5:])
     assert trained["content"]["phone"] > untrained["content"]["phone"] + 0.05
 
     def spectrum(wave):
@@ -1057,5 +1056,4 @@ def test_a_fifth_of_the_toy_run(toy_folder, monkeypatch):
     sources = [corpus.wave(u) for u in us]
     for stage in (0.0, 1.0):
         waves = v.convert(model, sources, aims.tolist(), replace(cfg, gan_share=stage))
-        print(closer(waves), closer(sources))
         assert closer(waves) > closer(sources) + 0.3

@@ -232,8 +232,8 @@ def test_float_files_of_integer_scale_are_named(folder, capsys):
         wave, rate = sf.read(path)
         write(path, 32768 * wave, rate, subtype="FLOAT")
     load(folder)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(warnings) == 36 and "ann_00.wav" in warnings[0] and "rescale" in warnings[0]
+    out = capsys.readouterr().out
+    assert "warning: 36 recordings go far beyond -1..1, such as " in out and "rescale" in out
 
 
 # ---- corpus
@@ -507,7 +507,9 @@ def test_toy_traits_fill_their_ranges():
 
 def test_pulses_have_their_pitch_and_no_aliases():
     f0 = np.full(16000, 201.0)
-    f0[0] = 100.5  # so that no sample lies on the middle of a pulse, where the formula divides 0 by 0
+    f0[0] = (
+        100.5  # so that no sample lies on the middle of a pulse, where the formula divides 0 by 0
+    )
     spectrum = abs(np.fft.rfft(m.glottal_pulses(f0)))
     harmonics = np.arange(201, 7601, 201)
     assert np.ptp(spectrum[harmonics]) < 1e-6 * spectrum.max()

@@ -789,6 +789,12 @@ def test_odd_folders_are_trained_on(script, trained, tmp_path):
     done = run(script, *argv, cwd=tmp_path, text=False)
     assert done.returncode == 0, done.stderr.decode()
     assert b"36 utterances" in done.stdout
+    argv = ("--checkpoint", f"runs/{script}-1", "--source", folder, "--output", "o")
+    done = run(script, "encode", *argv, cwd=tmp_path)
+    lost = 2 if name == "clip under a hop" else 0
+    assert done.returncode == bool(lost) and (f"{lost} of 36 files" in done.stderr) == bool(lost)
+    encoded = {p.stem.split(".")[0] for p in (tmp_path / "o").rglob("*.npy")}
+    assert len(encoded) == 36 - lost
 
 
 # ---- several processes

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import measure
 import numpy as np
 import pytest
 import soundfile as sf
+import speech
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -306,7 +308,6 @@ def corpus_of(counts, train=0):
         paths=[Path("data") / name for name in names],
         speaker=speaker,
         speakers=speakers,
-        known=len(speakers),
         train=np.flatnonzero(is_train),
         held=np.flatnonzero(~is_train),
     )
@@ -320,7 +321,7 @@ def test_judge_and_pairs_are_disjoint():
         corpus_of({"a": 20, "b": 20, "c": 3}),
         corpus_of({"a": 20, "b": 9, "c": 30}, train=8),
     ):
-        listening = compare.draw_listening(pool, False, ARGS)
+        listening = speech.draw_listening(pool, ARGS)
         used = {u for pair in listening.pairs for u in (pair.source, pair.recording)}
         assert not used & set(listening.judged.tolist())
         for pair in listening.pairs:
@@ -330,13 +331,66 @@ def test_judge_and_pairs_are_disjoint():
 
 def test_closed_targets_are_known_and_lone_speakers_are_reconstructed():
     pool = corpus_of({"a": 20, "b": 20, "c": 20}, train=10)
-    pool.known = 2
-    pairs = compare.draw_listening(pool, True, ARGS).pairs
-    assert {pair.target for pair in pairs} == {0, 1}
-    alone = compare.draw_listening(corpus_of({"a": 8}), False, ARGS)
+    pairs = speech.draw_listening(pool, ARGS, known=["c", "x", "b"]).pairs
+    assert {pair.target for pair in pairs} == {1, 2}
+    alone = speech.draw_listening(corpus_of({"a": 8}), ARGS)
     assert len(alone.pairs) == 4 and all(pair.target is None for pair in alone.pairs)
-    single = compare.draw_listening(corpus_of({"a": 1, "b": 1}), False, ARGS)
+    single = speech.draw_listening(corpus_of({"a": 1, "b": 1}), ARGS)
     assert single.pairs == []
+
+
+def test_speakers_are_found_by_name():
+    """A model that takes the index of a speaker knows speakers in an order of its own."""
+    script = SimpleNamespace(TARGET="speaker")
+    run = SimpleNamespace(script=script, speakers=["c", "a"])
+    listening = SimpleNamespace(pool=corpus_of({"a": 1, "b": 1, "c": 1}))
+    pairs = [speech.Pair(0, target) for target in (None, 0, 1, 2)]
+    assert [speech.target_of(run, listening, pair) for pair in pairs] == [None, 1, None, 0]
+
+
+def test_half_of_each_voice_is_left_to_the_judge():
+    """The toy corpus: 16 unseen voices of 15 utterances; 100 pairs."""
+    pool = corpus_of({f"voice{s}": 15 for s in range(16)})
+    listening = speech.draw_listening(pool, ARGS)
+    assert len(listening.pairs) == len({pair.source for pair in listening.pairs}) == 100
+    judged = pool.speaker[listening.judged].tolist()
+    assert [judged.count(s) for s in range(16)] == [8] * 16
+
+
+def long_recordings():
+    """A corpus in which ann/long.wav is three utterances, and ben/lost.wav has no sample."""
+    names = ["ann/a.wav"] + ["ann/long.wav"] * 3 + ["ben/lost.wav", "ben/x.wav"]
+    length = np.array([100, 6000, 6000, 6050, 0, 200])
+    return SimpleNamespace(
+        root=Path("data"),
+        paths=[Path("data") / name for name in names],
+        start=length.cumsum() - length,
+        length=length,
+        speaker=np.array([0, 0, 0, 0, 1, 1]),
+        speakers=["ann", "ben"],
+    )
+
+
+def test_pieces_of_long_recordings(tmp_path):
+    """Pieces have names and labels of their own, and a line of labels is for the whole recording."""
+    corpus = long_recordings()
+    names = [speech.name_of(corpus, u) for u in range(6)]
+    assert names[:4] == ["ann/a.wav", "ann/long.wav", "ann/long#2.wav", "ann/long#3.wav"]
+    assert names[4:] == ["ben/lost.wav", "ben/x.wav"]
+    drawn = speech.draw(corpus, np.array([1, 2, 3, 5]), 2, 0)
+    assert corpus.speaker[drawn].tolist() == [0, 1]
+
+    cfg = SimpleNamespace(sample_rate=100)
+    row = [f"p{i // 6000}" for i in range(18050)]
+    file = label_file(tmp_path, f"long {' '.join(row)}\nx {'p1 ' * 200}\nlost p0\n")
+    labels, classes = compare.read_labels(corpus, file, cfg, [0, 2, 3, 5])
+    assert classes == ["p0", "p1", "p2", "p3"] and labels.keys() == {2, 3, 5}
+    assert labels[2].tolist() == [1] * 6000
+    assert labels[3].tolist() == [2] * 6000 + [3] * 50
+    assert labels[5].tolist() == [1] * 200
+    file = label_file(tmp_path, f"long {' '.join(row[:6000])}\n")
+    with pytest.raises(measure.UserError, match="6000 labels for 180.50 s"):
+        compare.read_labels(corpus, file, cfg, [1])
 
 
 def test_features_stay_small():
@@ -548,6 +602,8 @@ def compared(folder):
 def test_result(compared):
     result = json.loads((compared.out / "result.json").read_text())
     assert list(result["runs"]) == ["a0", "a1", "v0"]
+    date = result["compared"].pop("date")
+    assert time.strptime(date, "%Y-%m-%d")
     assert result["compared"] == {"data": "data", "test": "test", "seed": 0, "pairs": 7}
     names = {
         "a0": {"content", "speaker"},
@@ -558,6 +614,7 @@ def test_result(compared):
         measured = ["chance", "log_mel", "untrained", "representations"]
         assert list(entry) == [*compare.RECORD, *measured, "conversion", "reconstruction", "copy"]
         assert entry["steps"] == 2 and entry["command"] and entry["method_sha256"]
+        assert entry["data"]["speakers"] == 3 and entry["data"]["utterances"] == 24
         assert entry["representations"].keys() == entry["untrained"].keys() == names[run]
         rows = [entry["chance"], entry["log_mel"], *entry["untrained"].values()]
         for row in rows + list(entry["representations"].values()):
@@ -613,7 +670,9 @@ def run_main(folder, monkeypatch, capsys, *words):
         ("runs/a0 --phones none.txt", 1, "none.txt"),
         ("runs/a0 --phones utf16.txt", 1, "utf16.txt: line 1 is not UTF-8"),
         ("runs/a0 --phones strange.txt", 1, "strange.txt: no line begins with an utterance id"),
-        ("runs/a0 --include (", 1, "include"),
+        ("runs/a0 --include (", 1, "--include"),
+        ("runs/a0 --include nothing", 1, "--include"),
+        ("runs/broken", 1, "runs/broken/log.jsonl: damaged"),
         ("runs/a0 --out data", 1, "--out data: exists"),
         ("runs/a0 --pairs 0", 2, "--pairs"),
         ("runs/a0 --probes 3", 2, "--probes"),
@@ -622,6 +681,10 @@ def run_main(folder, monkeypatch, capsys, *words):
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, words, code, fragment):
     (folder / "utf16.txt").write_text("ann_0 a a a", "utf-16")
     (folder / "strange.txt").write_text("x a a a\n")
+    broken = folder / "runs" / "broken"
+    broken.mkdir(exist_ok=True)
+    (broken / "model.pt").write_bytes((folder / "runs" / "a0" / "model.pt").read_bytes())
+    (broken / "log.jsonl").write_text('{"step": 1}\n{"st')
     got, error = run_main(folder, monkeypatch, capsys, *words.split())
     assert got == code, error
     assert error.startswith("error: ") and error.count("\n") == 1 and fragment in error, error

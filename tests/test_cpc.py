@@ -1032,13 +1032,47 @@ def test_vocode_undoes_features(corpus):
     assert flat[-80:].std() > 0.4 * flat[240:480].std()
 
 
+@pytest.fixture
+def no_examples(monkeypatch):
+    """`sample` without write_examples, which asks the model for more than a test counts or has planted."""
+    monkeypatch.setattr(v, "write_examples", lambda *given: None)
+
+
+def test_examples(tmp_path, monkeypatch):
+    """Four held-out utterances, 3 s of them at most: as they are, rebuilt, and in the voice of the next speaker."""
+    waves = [torch.full((30000 if u else 900,), 0.1 * u) for u in range(6)]
+    corpus = SimpleNamespace(
+        held=np.array([5, 3, 1, 0, 2]),
+        speaker=np.array([0, 1, 2, 0, 1, 2]),
+        speakers=list("abc"),
+        paths=[v.Path(f"u{u}.wav") for u in range(6)],
+        wave=waves.__getitem__,
+    )
+    given = []
+
+    def convert(model, sources, targets, cfg):
+        given.extend(targets)
+        return [wave / 2 if target is None else -wave for wave, target in zip(sources, targets)]
+
+    monkeypatch.setattr(v, "convert", convert)
+    v.write_examples(None, corpus, v.Config(**TINY), tmp_path)
+    assert given == [None] * 4 + [0, 1, 2, 1]
+    for u, voice in zip((5, 3, 1, 0), "abcb"):
+        wave = waves[u][:24000]
+        made = dict(source=wave, reconstruction=wave / 2, conversion=-wave)
+        for kind, expected in made.items():
+            got = v.read_audio(tmp_path / f"u{u}_as_{voice}_{kind}.wav", 8000)
+            close(got, expected, 1e-4)
+    assert len(list(tmp_path.iterdir())) == 12
+
+
 def bits(ids):
     """Entropy of unit indices in bits, of shares counted one by one."""
     shares = [(ids == k).double().mean().item() for k in set(ids.tolist())]
     return -sum(p * math.log2(p) for p in shares)
 
 
-def test_unit_figures_by_hand(tmp_path, monkeypatch):
+def test_unit_figures_by_hand(tmp_path, monkeypatch, no_examples):
     """Four units, all alike: perplexity 4, and with 8 symbols in a second 16 bits in it; a single unit: 1 and nothing."""
     corpus = corpus_of(
         [torch.zeros(4000), torch.zeros(4000)], [2, 2]
@@ -1054,7 +1088,7 @@ def test_unit_figures_by_hand(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("negatives", ["batch", "same-speaker", "sequence", "other-sequences"])
-def test_sample(corpus, tmp_path, negatives):
+def test_sample(corpus, tmp_path, negatives, no_examples):
     model, _, cfg = started(corpus, negatives=negatives, n_mels=60, n_fft=512, win=320)
     metrics = v.sample(model, corpus, cfg, tmp_path)
     json.dumps(metrics)
@@ -1100,7 +1134,7 @@ def other_corpus():
 
 
 @pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
-def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives):
+def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives, no_examples):
     """InfoNCE on eight batches of different held-out utterances, not those of training steps; F0 of known speakers, of 3 s
     at most; unit figures per second, of all utterances."""
     corpus = other_corpus()
@@ -1165,7 +1199,7 @@ def test_training_keeps_off_the_held_out(monkeypatch, negatives):
     assert drawn == {0, 1, 6, 7, 8, 9}
 
 
-def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
+def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch, no_examples):
     """100 Hz in the source and 121 in the copy is an error; the other way round it would be none."""
     model, _, cfg = started(corpus)
     monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
@@ -1181,7 +1215,7 @@ def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch):
     )
 
 
-def test_figures_over_utterances(tmp_path, monkeypatch):
+def test_figures_over_utterances(tmp_path, monkeypatch, no_examples):
     """Units are counted over all utterances, and F0 errors are shares of all frames."""
     corpus = other_corpus()
     corpus.held = corpus.held[:2]
@@ -1208,7 +1242,7 @@ def test_figures_over_utterances(tmp_path, monkeypatch):
     close(metrics["vde"]["copy"], 301 / (301 + 51), 1e-5)
 
 
-def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
+def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch, no_examples):
     """What the decoder is given: every voiced frame the middle token; the true speaker; the units of the utterance."""
     model, _, cfg = started(corpus)
     given, forward = [], model.decoder.forward
@@ -1274,7 +1308,6 @@ def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
     optimizers = v.make_optimizers(model, cfg)
     logs = [v.train_step(model.train(), optimizers, corpus, step, cfg) for step in range(cfg.steps)]
     trained = probes(model.eval(), corpus, cfg, 400)
-    print(untrained, trained, logs[239], logs[240], logs[-1])
     assert logs[239]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[240]["decoder_loss"]
     assert trained["c"]["phone"] > untrained["c"]["phone"] + 0.1
     assert trained["c"]["speaker"] < untrained["c"]["speaker"] - 0.1
@@ -1301,7 +1334,6 @@ def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
         return (off(waves, aims) < off(waves, source)).float().mean()
 
     made = v.convert(model, waves, aims.tolist(), cfg)
-    print(closer(made), closer(waves))
     assert closer(made) > closer(waves) + 0.5
 
 

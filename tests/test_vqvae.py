@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -753,6 +754,34 @@ def test_reconstruction_finds_the_likeliest_speaker():
     )
 
 
+def test_examples(tmp_path, monkeypatch):
+    """Four held-out utterances, 3 s of them at most: as they are, rebuilt, and in the voice of the next speaker."""
+    waves = [torch.full((30000 if u else 900,), 0.1 * u) for u in range(6)]
+    corpus = SimpleNamespace(
+        held=np.array([5, 3, 1, 0, 2]),
+        speaker=np.array([0, 1, 2, 0, 1, 2]),
+        speakers=list("abc"),
+        paths=[v.Path(f"u{u}.wav") for u in range(6)],
+        wave=waves.__getitem__,
+    )
+    given = []
+
+    def convert(model, sources, targets, cfg):
+        given.extend(targets)
+        return [wave / 2 if target is None else -wave for wave, target in zip(sources, targets)]
+
+    monkeypatch.setattr(v, "convert", convert)
+    v.write_examples(None, corpus, v.Config(**TINY), tmp_path)
+    assert given == [None] * 4 + [0, 1, 2, 1]
+    for u, voice in zip((5, 3, 1, 0), "abcb"):
+        wave = waves[u][:24000]
+        made = dict(source=wave, reconstruction=wave / 2, conversion=-wave)
+        for kind, expected in made.items():
+            got = v.read_audio(tmp_path / f"u{u}_as_{voice}_{kind}.wav", 8000)
+            close(got, expected, 1e-4)
+    assert len(list(tmp_path.iterdir())) == 12
+
+
 def test_learning_rate_is_halved_three_times(tmp_path, monkeypatch):
     """U7: at 40, 60 and 80 % of the steps; and `prepare` leaves the norms as it found them."""
     monkeypatch.chdir(tmp_path)
@@ -841,6 +870,7 @@ def test_the_codes_are_used(tmp_path, monkeypatch):
     assert 2 < metrics["codes_used"] <= cfg.codes and 1 < metrics["perplexity"] <= cfg.codes
     assert 0 < metrics["bits_per_second"] <= 50 * math.log2(cfg.codes)
     assert len((tmp_path / "units.txt").read_text().splitlines()) == len(corpus.held)
+    assert len(list(tmp_path.glob("*_as_*.wav"))) == 4 * 3
 
 
 def probes(model, corpus, cfg, utterances):
