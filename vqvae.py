@@ -663,9 +663,7 @@ def sample(model, corpus, cfg, out):
 
 # ==================== shared: audio ====================
 AUDIO_ENDINGS = ".wav .flac .ogg .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .sph .nist".split()
-PIECE_SECONDS = (
-    60  # longer recordings are handled in pieces, so that memory does not grow with them
-)
+PIECE_SECONDS = 60  # longer recordings are handled in pieces, so that memory does not grow
 
 
 class UserError(Exception):
@@ -711,9 +709,7 @@ def read_piece(path, first, last, sample_rate):
     try:
         with sf.SoundFile(os.fsencode(path)) as file:
             rate = file.samplerate
-            start = max(
-                0, first - rate
-            )  # a second on either side, because resampling feels the cut
+            start = max(0, first - rate)  # a second around it, because resampling feels cuts
             file.seek(start)
             wave = file.read(last + rate - start, np.float32, always_2d=True).mean(1)
     except (sf.SoundFileError, OSError):
@@ -721,9 +717,8 @@ def read_piece(path, first, last, sample_rate):
     if not np.isfinite(wave).all():
         raise UserError(f"{path}: has NaN or infinite samples; give another")
     resampled = resample(torch.from_numpy(wave), rate, sample_rate)
-    return resampled[(first - start) * sample_rate // rate :][
-        : ceil((last - first) * sample_rate / rate)
-    ]
+    resampled = resampled[(first - start) * sample_rate // rate :]
+    return resampled[: ceil((last - first) * sample_rate / rate)]
 
 
 def resample(wave, rate, new_rate):
@@ -848,8 +843,6 @@ def load_corpus(cfg):
 def read_corpus(root, cfg, is_test):
     """One folder -> its Corpus."""
     names = [name for name in audio_names(root) if re.search(cfg.include, name)]
-    if not names:
-        raise UserError(f"{root}: no file has --include {cfg.include!r} in its path; change it")
     owners = find_speakers(names, cfg, least=1 if is_test else 2)
     audio, length, file = decode([root / name for name in names], cfg.sample_rate)
     names = [names[f] for f in file]  # (U,)
@@ -861,7 +854,8 @@ def read_corpus(root, cfg, is_test):
     if lost.any():
         print(f"{note}; left out")
 
-    speakers, speaker = np.unique(owners[file], return_inverse=True)
+    speakers = np.unique(owners[file[~lost]])
+    speaker = np.searchsorted(speakers, owners[file])
     train, held = split(names, speaker, np.flatnonzero(~lost), is_test)
     minutes = length.sum() / cfg.sample_rate / 60
     short = (length < cfg.crop).sum()
@@ -891,9 +885,8 @@ def find_speakers(names, cfg, least):
                 return np.array(owners)
             advice = f"--speaker '{layout}' would find {len(set(owners))}, such as {owners[0]}"
             break
-    raise UserError(
-        f"--speaker {cfg.speaker!r} does not find {least} speakers in {names[:2]} ..; {advice}"
-    )
+    what = f"--speaker {cfg.speaker!r} with --include {cfg.include!r}"
+    raise UserError(f"{what} does not find {least} speakers in {names[:2]} ..; {advice}")
 
 
 def split(names, speaker, utterances, is_test):
@@ -985,10 +978,8 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
         utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
     length = corpus.length[utterances]
     first = (rng.random(len(length)) * np.maximum(length - cfg.crop + 1, 1)).astype(int)
-    offset = (first[:, None] + np.arange(cfg.crop)) % length[
-        :, None
-    ]  # (B, crop); short ones repeat
-    index = torch.from_numpy(corpus.start[utterances, None] + offset)
+    offset = (first[:, None] + np.arange(cfg.crop)) % length[:, None]  # short ones repeat
+    index = torch.from_numpy(corpus.start[utterances, None] + offset)  # (B, crop)
     wave = corpus.audio[index.to(corpus.audio.device)].to(cfg.device).float() / 32768
     speaker = torch.tensor(corpus.speaker[utterances], device=cfg.device)
     return dict(wave=wave, speaker=speaker, utterance=torch.tensor(utterances, device=cfg.device))
@@ -1110,8 +1101,10 @@ def parse(argv):
             choices=get_args(field.type) or None,
             nargs="?" if field.name == "data" else None,  # --data alone: the toy voices
         )
-    mode = argv[0] if argv and argv[0] in ("convert", "encode") else "train"
-    flags = parser.parse_args([a for a in argv if a != mode], argparse.Namespace(mode=mode))
+    mode = "train"
+    if argv and argv[0] in ("train", "convert", "encode"):
+        mode, *argv = argv
+    flags = parser.parse_args(argv, argparse.Namespace(mode=mode))
     if flags.mode != "train" and None in (flags.checkpoint, flags.source, flags.output):
         parser.error(f"{flags.mode} needs --checkpoint, --source and --output")
     if flags.resume and not flags.out:
@@ -1200,11 +1193,10 @@ def train(flags, given):
 
     optimize(model, optimizers, corpus, cfg, out, first)
     if RANK == 0:
-        (out / "samples").mkdir(exist_ok=True)
         metrics = sample(model.eval(), corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
-        print(re.sub(r"(\.\d{4})\d+", r"\1", json.dumps(metrics, indent=1)))  # four decimals
+        print(json.dumps(metrics, indent=1))
         print(f"measure, see and hear it: python tests/compare.py {out}")
     if WORLD_SIZE > 1:
         dist.barrier()  # torchrun ends all processes when one of them ends
@@ -1237,14 +1229,16 @@ def describe_run(cfg):
     method = source[
         source.index("@dataclass(frozen") : source.index("# ==================== shared")
     ]
-    cuda = cfg.device == "cuda"
+    hardware = f"{torch.get_num_threads()} CPU threads"
+    if cfg.device == "cuda":
+        hardware = torch.cuda.get_device_name()
     return dict(
         script=NAME,
         method_sha256=hashlib.sha256(method.encode()).hexdigest(),
         command=shlex.join(["python", *sys.argv]),
         config=asdict(cfg),
         steps=cfg.steps,
-        hardware=torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        hardware=hardware,
         torch=torch.__version__,
     )
 
@@ -1258,9 +1252,8 @@ def optimize(model, optimizers, corpus, cfg, out, first):
         signal.signal(number, lambda *_: stop.append(1))
     began = time.time()
     for step in range(first, cfg.steps):
-        torch.manual_seed(
-            (cfg.seed * 1_000_003 + step) * WORLD_SIZE + RANK
-        )  # a resumed run draws the same
+        # A seed for each step, so that a resumed run draws the same numbers.
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
         # Without cache_enabled=False, copies of the weights in bfloat16 could outlive a step.
         with torch.autocast(
             cfg.device, torch.bfloat16, cfg.bf16 and cfg.device == "cuda", cache_enabled=False
@@ -1335,12 +1328,8 @@ def encode_files(flags, given):
     source = Path(flags.source)
     root = source if source.is_dir() else source.parent
     names = audio_names(root) if source.is_dir() else [source.name]
-    stems = [str(Path(name).with_suffix("")) for name in names]
-    if len(set(stems)) < len(stems):
-        twin = max(stems, key=stems.count)
-        raise UserError(f"{twin}.*: two files would write one output; rename one")
     failed = []
-    for name, stem in zip(names, stems):
+    for name in names:
         try:
             rows = [represent(model, piece, cfg) for piece in read_source(root / name, cfg)]
         except UserError as error:
@@ -1350,7 +1339,9 @@ def encode_files(flags, given):
             x = [row[key] for row in rows]
             is_vector = x[0].dim() == 1 and x[0].is_floating_point()
             x = torch.stack(x).mean(0) if is_vector else torch.cat(x)
-            path = Path(flags.output, f"{stem}.{key}.npy")
+            path = Path(flags.output, name).with_suffix(f".{key}.npy")
+            if path.exists():
+                raise UserError(f"{path}: two files would write it, one is {name}; rename it")
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, x.cpu().numpy())
     if failed:

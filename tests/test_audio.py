@@ -291,6 +291,13 @@ def test_lost_recordings_are_left_out_and_named(folder, capsys):
         load(folder)
 
 
+def test_a_speaker_without_a_usable_recording_is_none(folder):
+    write(folder / "cat" / "cat.wav", noise(0.5)[:30])
+    corpus = load(folder)
+    assert corpus.speakers == ["ann", "ben", "don"]
+    assert set(corpus.speaker[[*corpus.train, *corpus.held]]) == {0, 1, 2}
+
+
 def test_a_long_recording_is_several_utterances(folder):
     wave = noise(130)
     write(folder / "ann" / "long.wav", wave)
