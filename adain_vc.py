@@ -34,8 +34,8 @@ D3  No dropout; AdaIN's scale and shift are linear in e; kernels of 5. The autho
     of 0.5 in the encoders, an MLP on e, kernels of 3 in the speaker encoder and more layers in the decoder.
 D4  Any length goes in and the same comes out: a short x is repeated, a long x^ cut. Silence stays, but not a
     silent training segment. The authors trim silence, need 17 frames (9 of the target), return 8 T' frames.
-D5  Griffin-Lim with momentum from a random phase, on the pseudo-inverse of the mel filters, de-emphasis in
-    the spectrum. The authors: 100 plain rounds from phase 0, a scaled transpose, a recursive filter.
+D5  Griffin-Lim with momentum, on the pseudo-inverse of the mel filters, de-emphasis in
+    the spectrum. The authors: 100 plain rounds, a scaled transpose, a recursive filter.
 D6  Mean and deviation of a mel band are of utterances of all speakers, the deviation at least 1 dB; segments
     are cut from the waveform, anew in every step. The authors: of the first 5000 files by name, which in VCTK
     are a dozen speakers; cut from the spectrogram (so that edges see what is beyond), 10 million, once.
@@ -464,7 +464,7 @@ def audio_names(root):
             f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
         )
     if len(names) < len(files):
-        print(f"{root}: {len(files) - len(names)} files ignored that are not audio")
+        print(f"{root}: {len(files) - len(names)} other files, not audio, are ignored")
     return names
 
 
@@ -862,7 +862,7 @@ def parse(argv):
     """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
     2."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nEvery field of Config is a flag too:\n\n{inspect.getsource(Config)}",
+        description=f"{__doc__}\nEvery field is a flag:\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

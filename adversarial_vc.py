@@ -41,8 +41,8 @@ D2  Latents are detached where the encoder does not learn, and the frozen encode
 D3  A silent training segment is replaced: see `segments`.
 D4  Any length is converted and comes out as long: x is repeated to 9 frames, a long output cut. The heads fit
     the training segment, 33 frames at least, and average over a longer one. The authors' fit 128 only.
-D5  Griffin-Lim with momentum from a random phase, de-emphasis in the spectrum. The authors: 300 plain rounds
-    from phase 0, a recursive filter, silence trimmed.
+D5  Griffin-Lim with momentum, de-emphasis in the spectrum. The authors: 300 plain rounds,
+    a recursive filter, silence trimmed.
 D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made. With the
     usual start the critic is steep and leads the generator astray (trial: mean penalty of 58 over 25 steps).
 The paper does not say, or not to us
@@ -617,7 +617,7 @@ def audio_names(root):
             f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
         )
     if len(names) < len(files):
-        print(f"{root}: {len(files) - len(names)} files ignored that are not audio")
+        print(f"{root}: {len(files) - len(names)} other files, not audio, are ignored")
     return names
 
 
@@ -1015,7 +1015,7 @@ def parse(argv):
     """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
     2."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nEvery field of Config is a flag too:\n\n{inspect.getsource(Config)}",
+        description=f"{__doc__}\nEvery field is a flag:\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

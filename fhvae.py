@@ -522,7 +522,7 @@ def audio_names(root):
             f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
         )
     if len(names) < len(files):
-        print(f"{root}: {len(files) - len(names)} files ignored that are not audio")
+        print(f"{root}: {len(files) - len(names)} other files, not audio, are ignored")
     return names
 
 
@@ -920,7 +920,7 @@ def parse(argv):
     """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
     2."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nEvery field of Config is a flag too:\n\n{inspect.getsource(Config)}",
+        description=f"{__doc__}\nEvery field is a flag:\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -255,7 +255,7 @@ def draw_setting(run, args, screen):
     else:
         opened = speech.draw_listening(test, args)
     if test is corpus:
-        screen.note(f"{corpus.root}: no --test, so the EER is of held-out speech of known speakers")
+        screen.note(f"{corpus.root}: no --test, so the EER is of its own held-out utterances")
     setting = Setting(fit, held, unseen, closed, opened)
     read_data_labels(run, setting, args, screen)
     read_test_labels(run, setting, args, screen)

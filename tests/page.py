@@ -770,7 +770,9 @@ def run_table(result):
         cells = [el("th", text(name), " ", script), el("td", steps, class_="n")]
         cells.append(el("td", duration(run.get("seconds")), class_="n"))
         cells += [el("td", text(plain(run.get(key)))) for key in ("hardware", "torch", "data")]
-        cells.append(el("td", el("code", text(plain(run.get("command"))))))
+        words = plain(run.get("command")).split(" ")  # a line must not break inside --flag
+        command = " ".join(el("span", text(word)) for word in words)
+        cells.append(el("td", el("code", command)))
         cells.append(el("td", el("code", text(plain(run.get("method_sha256"))[:10]))))
         body.append(el("tr", *cells))
     titles = ("run", "steps", "time", "hardware", "torch", "data", "command", "hash")
@@ -1040,10 +1042,10 @@ def scatter(plane, names, colors, size=250):
     return svg(size, size, *parts)
 
 
-def captioned(title, note, drawing):
+def captioned(title, note, drawing, kind=None):
     """A small drawing with its heading."""
     heading = el("figcaption", text(title), " ", el("small", text(note)))
-    return el("figure", heading, drawing, class_="small")
+    return el("figure", heading, drawing, class_=kind)
 
 
 def maps(vectors):
@@ -1065,7 +1067,7 @@ def maps(vectors):
             plane, shares = principal_components(np.asarray(item["x"])[keep])
             drawing = scatter(plane, [str(item["speaker"][i]) for i in keep], colors)
             note = f"{100 * shares.sum():.0f} % of the variance"
-            figures.append(captioned(representation, note, drawing))
+            figures.append(captioned(representation, note, drawing, "map"))
         if figures:
             row = el("div", *figures, class_="row")
             cards.append(el("div", el("h3", text(name)), row, class_="card"))
@@ -1224,6 +1226,7 @@ td.n{white-space:nowrap}
 .least{text-decoration:underline dotted;text-underline-offset:3px}
 .first>*{border-top:1px solid var(--gray)}
 .facts td code{display:block;max-width:28em}
+.facts code span{display:inline-block;max-width:100%}
 .scroll tbody th,.scroll tr:first-child>th:first-child{position:sticky;left:0;background:var(--paper)}
 tbody th .name{white-space:nowrap}
 @media(min-width:701px){.scroll tbody th{white-space:nowrap}.scroll .of{white-space:normal}}
@@ -1242,6 +1245,7 @@ audio{display:block;width:100%;min-width:230px;height:34px;margin-top:2px}
 .tick{stroke:var(--gray);fill:none}
 .grid{stroke:var(--line);fill:none}
 .phone{fill:var(--paper);stroke:var(--line)}
+.map{width:250px}
 .dots{stroke-width:6.4;stroke-linecap:round;opacity:.8}
 .bars{fill:var(--gray)}
 .curve{fill:none;stroke:#3b82d6;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}
@@ -1254,6 +1258,7 @@ body{padding:16px 12px 48px}
 .wide{display:none}
 .narrow{display:block}
 .speech{flex-direction:column}
+.map{width:162px}
 th,td{padding:4px 7px}
 tbody th{min-width:8em}
 }

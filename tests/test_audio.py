@@ -215,7 +215,7 @@ def test_resource_forks_and_other_files_are_ignored(folder, capsys):
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7" + bytes(100))
     (folder / "notes.txt").touch()
     assert len(load(folder).train) == 30
-    assert "1 files ignored" in capsys.readouterr().out
+    assert "1 other files, not audio, are ignored" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf8_or_very_long(folder, capfd):
