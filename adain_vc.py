@@ -440,7 +440,7 @@ def sample(model, corpus, cfg, out):
 
 # ==================== shared: audio ====================
 AUDIO_ENDINGS = ".wav .flac .ogg .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .sph .nist".split()
-PIECE_SECONDS = 60  # longer recordings are handled in pieces, so that memory does not grow
+PIECE_SECONDS = 60  # the model and the decoder see no more than about this much at a time
 
 
 class UserError(Exception):
@@ -448,32 +448,34 @@ class UserError(Exception):
 
 
 def audio_names(root):
-    """Folder -> sorted names below it of its audio files, in linked folders too; `._*` is
+    """Folder -> sorted names below it of its audio files, in linked folders too. `._*` is
     ignored."""
     files = []
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in visited:  # a link that leads back up
+        real = os.path.realpath(folder)
+        if real in visited:  # a link leads back up
             subfolders.clear()
             continue
-        visited.add(os.path.realpath(folder))
+        visited.add(real)
         files += [Path(folder, name) for name in names if not name.startswith("._")]
-    names = sorted(str(f.relative_to(root)) for f in files if f.suffix.lower() in AUDIO_ENDINGS)
-    if not names:
-        raise UserError(
-            f"{root}: {len(files)} files in it, but no audio; give a folder of recordings"
-        )
-    if len(names) < len(files):
-        print(f"{root}: {len(files) - len(names)} other files, not audio, are ignored")
-    return names
+
+    audio = [file for file in files if file.suffix.lower() in AUDIO_ENDINGS and file.is_file()]
+    found = f"{root}: {len(audio)} of {len(files)} files are audio"
+    if not audio:
+        raise UserError(f"{found}; give a folder of recordings")
+    print(found)
+    return sorted(file.relative_to(root).as_posix() for file in audio)
 
 
 def find_pieces(path):
-    """Audio file -> [(first, last)] samples of its pieces. Only the last piece is longer than
-    PIECE_SECONDS, and shorter than twice that. An unreadable file is one empty piece."""
+    """Audio file -> [(first, last)] samples of its pieces. Each is PIECE_SECONDS long, but the last
+    up to twice as long. An unreadable file has one empty piece."""
     try:
-        info = sf.info(os.fsencode(path))
+        info = sf.info(os.fsencode(path))  # bytes, because a name need not be UTF-8
     except sf.SoundFileError:
+        return [(0, 0)]
+    if info.frames > 1e12:  # a stream that does not say its length
         return [(0, 0)]
     piece = PIECE_SECONDS * info.samplerate
     starts = range(0, max(1, info.frames - piece), piece)
@@ -481,12 +483,12 @@ def find_pieces(path):
 
 
 def read_piece(path, first, last, sample_rate):
-    """Samples first .. last of an audio file -> (n,) float32 at sample_rate, mono. UserError names
-    the file."""
+    """Samples first .. last of an audio file -> (n,) float32 at sample_rate, mono. Raises UserError
+    if it cannot be read."""
     try:
         with sf.SoundFile(os.fsencode(path)) as file:
             rate = file.samplerate
-            start = max(0, first - rate)  # a second around it, because resampling feels cuts
+            start = max(0, first - rate)  # a second of context, dropped after resampling
             file.seek(start)
             wave = file.read(last + rate - start, np.float32, always_2d=True).mean(1)
     except (sf.SoundFileError, OSError):
@@ -517,7 +519,8 @@ def resample(wave, rate, new_rate):
 
 
 def read_audio(path, sample_rate):
-    """Any file that libsndfile reads -> (N,) float32 in [-1, 1], mono. UserError names the file."""
+    """Any file that libsndfile reads -> (N,) float32 in [-1, 1], mono. Raises UserError if it
+    cannot be read."""
     return torch.cat([read_piece(path, *piece, sample_rate) for piece in find_pieces(path)])
 
 
@@ -532,8 +535,9 @@ def stft(wave, cfg):
     """(B, N) -> (B, T, F) complex, F = n_fft // 2 + 1, T = 1 + N // hop. Frame t is centered on
     sample t * hop; there are zeros beyond both ends."""
     window = torch.hann_window(cfg.win, device=wave.device)
-    options = dict(pad_mode="constant", return_complex=True)
-    return torch.stft(wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, **options).mT
+    return torch.stft(
+        wave.float(), cfg.n_fft, cfg.hop, cfg.win, window, pad_mode="constant", return_complex=True
+    ).mT
 
 
 def istft(spectrum, cfg):
@@ -550,7 +554,7 @@ def mel_filters(sample_rate, n_fft, n_mels, device):
     mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
     edges = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz
     left, center, right = edges.unfold(0, 3, 1).T
-    frequency = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]
+    frequency = torch.fft.rfftfreq(n_fft, 1 / sample_rate)[:, None]
     rising = (frequency - left) / (center - left)
     falling = (right - frequency) / (right - center)
     triangles = torch.minimum(rising, falling).clamp(min=0)
@@ -558,7 +562,7 @@ def mel_filters(sample_rate, n_fft, n_mels, device):
 
 
 def log_mel(wave, cfg):
-    """(B, N) -> (B, T, n_mels): natural log of the mel magnitude, at least 1e-5."""
+    """(B, N) -> (B, T, n_mels): natural log of max(mel magnitude, 1e-5)."""
     filters = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, wave.device)
     with torch.autocast(wave.device.type, enabled=False):  # bfloat16 is too coarse for spectra
         return (stft(wave, cfg).abs() @ filters).clamp(min=1e-5).log()
@@ -574,12 +578,11 @@ def mel_to_magnitude(mel, cfg):
 def griffin_lim(magnitude, cfg, rounds=60, momentum=0.99):
     """(B, T, F) linear magnitude -> (B, hop * (T - 1)). Looks for phases that fit the magnitudes,
     from zero phase on (Perraudin, Balazs and Sondergaard, WASPAA 2013)."""
-    phase = torch.ones_like(magnitude, dtype=torch.complex64)
+    phase = torch.ones_like(magnitude, dtype=torch.complex64)  # exp(i phase), of magnitude 1
     previous = 0
     for _ in range(rounds):
         rebuilt = stft(istft(magnitude * phase, cfg), cfg)
-        phase = rebuilt - momentum / (1 + momentum) * previous
-        phase = phase / phase.abs().clamp(min=1e-8)
+        phase = torch.sgn(rebuilt - momentum / (1 + momentum) * previous)
         previous = rebuilt
     return istft(magnitude * phase, cfg)
 
@@ -598,18 +601,18 @@ class Corpus:
     speaker: np.ndarray  # (U,) index into speakers
     train: np.ndarray  # utterances to train on
     held: np.ndarray  # held-out utterances: a tenth of each speaker's, in a test corpus all
+    test: "Corpus" = None  # that of --test, or the corpus itself
 
     def wave(self, u):
-        """Utterance u -> (N,) float32 in [-1, 1]."""
-        return self.audio[self.start[u] : self.start[u] + self.length[u]].float() / 32768
+        """Utterance u -> (N,) float32 in [-1, 1], on the device of `audio`."""
+        return self.audio.narrow(0, self.start[u], self.length[u]).float() / 32768
 
 
 def load_corpus(cfg):
-    """The corpus of --data, or of toy voices; its `test` is that of --test, or the corpus
-    itself."""
+    """The corpus of --data, or of toy voices, and in its `test` that of --test."""
     if not cfg.data:
-        make_once(Path("runs/toy"), write_toy)
-        cfg = replace(cfg, data="runs/toy/train", test="runs/toy/test")
+        make_once(Path("runs/toy-24"), write_toy)
+        cfg = replace(cfg, data="runs/toy-24/train", test="runs/toy-24/test")
     corpus = read_corpus(Path(cfg.data), cfg, is_test=False)
     corpus.test = read_corpus(Path(cfg.test), cfg, is_test=True) if cfg.test else corpus
     if cfg.device == "cuda" and corpus.audio.nbytes < torch.cuda.mem_get_info()[0] / 4:
@@ -620,76 +623,85 @@ def load_corpus(cfg):
 def read_corpus(root, cfg, is_test):
     """One folder -> its Corpus."""
     names = [name for name in audio_names(root) if re.search(cfg.include, name)]
-    owners = find_speakers(names, cfg, least=1 if is_test else 2)
-    audio, length, file = decode([root / name for name in names], cfg.sample_rate)
-    names = [names[f] for f in file]  # (U,)
+    owners = find_speakers(names, cfg, root, least=1 if is_test else 2)
+    audio, length, file_index = decode([root / name for name in names], cfg.sample_rate)
+    names = [names[i] for i in file_index]  # (U,), like all that follows
+    owners = owners[file_index]
+
     lost = length < cfg.win
-    note = f"{root}: {lost.sum()} of {len(lost)} recordings unreadable or shorter than a window"
-    note = f"{note}, the first: {root / names[lost.argmax()]}"
-    if lost.mean() > 0.1:
-        raise UserError(f"{note}; fix or remove them")
     if lost.any():
+        note = (
+            f"{root}: {lost.sum()} of {len(lost)} recordings are unreadable or shorter than --win"
+        )
+        note = f"{note}, the first: {names[lost.argmax()]}"
+        if lost.mean() > 0.1:
+            raise UserError(f"{note}; fix or remove them")
         print(f"{note}; left out")
 
-    speakers = np.unique(owners[file[~lost]])
-    speaker = np.searchsorted(speakers, owners[file])
+    speakers = np.unique(owners[~lost])
+    speaker = np.searchsorted(speakers, owners)  # of no meaning where a recording is lost
     train, held = split(names, speaker, np.flatnonzero(~lost), is_test)
     minutes = length.sum() / cfg.sample_rate / 60
     short = (length < cfg.crop).sum()
     print(f"{root}: {minutes:.1f} minutes, {len(names)} utterances ({short} shorter than a crop),")
-    print(f"    {len(speakers)} speakers: {', '.join(speakers[:5])} ..", flush=True)
+    print(f"    {len(speakers)} speakers: {', '.join(speakers[:5])} ..")
     if not len(held):
-        raise UserError(f"{root}: one utterance a speaker, so none to test on; add more")
-    start = length.cumsum() - length
-    paths = [root / name for name in names]
-    return Corpus(root, paths, audio, start, length, speakers.tolist(), speaker, train, held)
+        raise UserError(f"{root}: one recording a speaker, so none to test on; add more")
+    return Corpus(
+        root=root,
+        paths=[root / name for name in names],
+        audio=audio,
+        start=length.cumsum() - length,
+        length=length,
+        speakers=speakers.tolist(),
+        speaker=speaker,
+        train=train,
+        held=held,
+    )
 
 
-def find_speakers(names, cfg, least):
+def find_speakers(names, cfg, root, least):
     """Paths below a folder -> the speaker of each: group 1 of --speaker."""
     advice = "set it to a regex whose group 1 is the speaker"
-    for layout in (
-        cfg.speaker,
-        r"([^/]+)/",
-        r"/([^/]+)/",
-        r"/([^/]+)/[^/]*$",
-        r"([^/_-]+)[_-][^/]*$",
-    ):
-        matches = [re.search(layout, name) for name in names]
-        owners = [match[1] for match in matches if match and match.re.groups]
+    usual = (r"([^/]+)/", r"/([^/]+)/", r"/([^/]+)/[^/]*$", r"([^/_-]+)[_-][^/]*$")
+    for regex in (cfg.speaker, *usual):
+        matches = [re.search(regex, name) for name in names]
+        owners = [match[1] for match in matches if match and match.lastindex]
         if len(owners) == len(names) and len(set(owners)) >= least:
-            if layout == cfg.speaker:
+            if regex == cfg.speaker:
                 return np.array(owners)
-            advice = f"--speaker '{layout}' would find {len(set(owners))}, such as {owners[0]}"
+            advice = f"--speaker '{regex}' would find {len(set(owners))}, such as {owners[0]}"
             break
-    what = f"--speaker {cfg.speaker!r} with --include {cfg.include!r}"
+    what = f"{root}: --speaker {cfg.speaker!r} with --include {cfg.include!r}"
     raise UserError(f"{what} does not find {least} speakers in {names[:2]} ..; {advice}")
 
 
 def split(names, speaker, utterances, is_test):
-    """-> those of `utterances` to train on, and the held-out ones, in the order of a hash of their
-    names."""
-    # Of the two microphones of VCTK both recordings of a take stay together.
+    """-> those of `utterances` to train on and those held out, in a fixed pseudo-random order."""
+    # The two microphones of VCTK have one take, and so have the pieces of a long recording. A take
+    # is held out or trained on as a whole.
     takes = [re.sub(r"(_mic\d)?\.\w+$", "", name) for name in names]
     order = sorted(utterances, key=lambda u: hashlib.md5(os.fsencode(takes[u])).digest())
     takes_of = defaultdict(dict)  # speaker -> take -> its place in this order
     for u in order:
         places = takes_of[speaker[u]]
         places.setdefault(takes[u], len(places))
+
     train = []
     held = []
     for u in order:
-        # A tenth of each speaker's takes is held out; a single one is only trained on.
         places = takes_of[speaker[u]]
-        held_out = is_test or places[takes[u]] < ceil(len(places) / 10) < len(places)
-        (held if held_out else train).append(u)
+        tenth = min(ceil(len(places) / 10), len(places) - 1)  # a single take is only trained on
+        if is_test or places[takes[u]] < tenth:
+            held.append(u)
+        else:
+            train.append(u)
     return np.array(train, int), np.array(held, int)
 
 
 def make_once(path, write):
-    """Makes the file or folder `path` by write(part), unless it exists. `part` is renamed at the
-    end, so that `path` is whole or not there. Of the processes of torchrun one writes, and the
-    others wait."""
+    """Calls write(temporary path) and renames the result to `path`, so that it is complete or
+    absent; does nothing if it exists. Under torchrun one process writes, and the others wait."""
     while LOCAL_RANK > 0 and not path.exists():
         time.sleep(0.2)
     if not path.exists():
@@ -697,18 +709,19 @@ def make_once(path, write):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder, path.name)
             write(part)
-            if not path.exists():  # another run may have been faster
+            with contextlib.suppress(OSError):  # another run was faster
                 os.replace(part, path)
 
 
 def decode(paths, sample_rate):
     """Decodes each file once -> audio (N,) int16, mapped from a file under runs/cache, and the
-    length (P,) and the file (P,) of each piece. Unreadable ones have length 0."""
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    length (U,) and the file (U,) of each piece. Unreadable ones have length 0."""
+    stats = [(str(path.resolve()), path.stat()) for path in paths]
+    stamps = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     stamp = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     cache = Path(f"runs/cache/{sample_rate}-{stamp}")
     make_once(cache, lambda part: decode_files(paths, sample_rate, part))
-    audio = np.memmap(cache / "audio.pcm", np.int16, "c")
+    audio = np.memmap(cache / "audio.pcm", np.int16, "c")  # copy on write: torch wants to write
     return torch.from_numpy(audio), *np.load(cache / "pieces.npy")
 
 
@@ -726,15 +739,14 @@ def decode_files(paths, sample_rate, folder):
             loud.append(path)
         return (wave * 32768).round().clamp(-32768, 32767).short().numpy()
 
-    pieces = [(file, *piece) for file, path in enumerate(paths) for piece in find_pieces(path)]
+    pieces = [(i, *piece) for i, path in enumerate(paths) for piece in find_pieces(path)]
     lengths = []
     loud = []
     folder.mkdir()
     with open(folder / "audio.pcm", "wb") as audio, ThreadPoolExecutor() as pool:
-        for i in range(0, len(pieces), 64):  # so many are in memory at a time
-            if i % 1024 == 0:
-                print(f"decoding: {i} of {len(pieces)} recordings done", flush=True)
-            for wave in pool.map(decode_piece, pieces[i : i + 64]):
+        for i in range(0, len(pieces), 256):  # no more than 256 pieces are in memory
+            print(f"decoding: {i} of {len(pieces)} recordings done")
+            for wave in pool.map(decode_piece, pieces[i : i + 256]):
                 lengths.append(len(wave))
                 audio.write(wave)
         audio.write(bytes(2))  # an empty file cannot be mapped
@@ -754,12 +766,14 @@ def get_batch(corpus, cfg, step, draw=0, utterances=None):
     if utterances is None:
         utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
     length = corpus.length[utterances]
-    first = (rng.random(len(length)) * np.maximum(length - cfg.crop + 1, 1)).astype(int)
+    first = rng.integers(np.maximum(length - cfg.crop + 1, 1))
     offset = (first[:, None] + np.arange(cfg.crop)) % length[:, None]  # short ones repeat
     index = torch.from_numpy(corpus.start[utterances, None] + offset)  # (B, crop)
-    wave = corpus.audio[index.to(corpus.audio.device)].to(cfg.device).float() / 32768
-    speaker = torch.tensor(corpus.speaker[utterances], device=cfg.device)
-    return dict(wave=wave, speaker=speaker, utterance=torch.tensor(utterances, device=cfg.device))
+    return dict(
+        wave=corpus.audio[index].to(cfg.device).float() / 32768,
+        speaker=torch.tensor(corpus.speaker[utterances], device=cfg.device),
+        utterance=torch.tensor(utterances, device=cfg.device),
+    )
 
 
 # ==================== shared: toy ====================
@@ -800,11 +814,9 @@ def toy_voice(s):
 
 def glottal_pulses(f0):
     """f0 in Hz (N,) -> (N,) one pulse per period: the sum of the cosines of all harmonics.
-
     Harmonics above 7600 Hz are left out, so that none folds back at the sample rate of 16 kHz.
     Their sum needs no loop: cos(2x) + .. + cos(2hx) = (sin((2h + 1) x) / sin(x) - 1) / 2, where x
-    is half the phase of f0.
-    """
+    is half the phase of f0."""
     harmonics = 7600 // f0.max()
     x = np.pi * f0.cumsum() / 16000
     pulses = np.sin((2 * harmonics + 1) * x) / np.sin(x) - 1
@@ -859,8 +871,7 @@ def write_toy(root):
 
 # ==================== shared: main ====================
 def parse(argv):
-    """argv -> the flags, and {field: value} of the fields of Config among them. Wrong usage: exit
-    2."""
+    """argv -> the flags, and {field: value} of those that are fields of Config."""
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nEvery field is a flag:\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -874,7 +885,7 @@ def parse(argv):
     for field in fields(Config):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type={int: int, float: float, bool: json.loads}.get(field.type, str),
+            type={int: int, float: float, bool: boolean}.get(field.type, str),
             choices=get_args(field.type) or None,
             nargs="?" if field.name == "data" else None,  # --data alone: the toy voices
         )
@@ -888,12 +899,19 @@ def parse(argv):
         parser.error("--resume needs --out")
     if flags.output and Path(flags.output).exists():
         parser.error(f"{flags.output}: exists; remove it or choose another --output")
-    names = Config.__dataclass_fields__
-    return flags, {name: v for name, v in vars(flags).items() if name in names and v is not None}
+    return flags, {
+        name: value
+        for name, value in vars(flags).items()
+        if value is not None and name in Config.__dataclass_fields__
+    }
+
+
+def boolean(text):
+    return json.loads(text.lower()) is True
 
 
 def save(path, **content):
-    """Writes a checkpoint. At every moment `path` is the old one or the new one, whole."""
+    """Replaces a checkpoint atomically."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -902,42 +920,44 @@ def save(path, **content):
             os.fsync(file.fileno())
         os.replace(part, path)
     except RuntimeError as error:
-        raise error.__context__ or error  # torch hides what the disk said
+        raise error.__context__ or error  # the OSError behind torch's "unexpected pos"
     finally:
         part.unlink(missing_ok=True)
 
 
 def load(path, **overrides):
-    """Run folder or model.pt -> model in eval mode, cfg, checkpoint. Runs no code that the file
-    holds."""
-    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    """Run folder or model.pt -> model in eval mode, cfg, checkpoint. Executes no code from the
+    file."""
+    if Path(path).is_dir():
+        path = Path(path, "model.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["script"] == NAME, f"it is of {checkpoint['script']}.py"
-        cfg = Config(**checkpoint["config"] | overrides)
+        cfg = Config(**checkpoint["config"] | {"device": Config.device} | overrides)
         model = Model(cfg, len(checkpoint["speakers"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # torch has many for a wrong file
-        raise UserError(
-            f"{path}: not a checkpoint of {NAME}.py with these flags: {error}"
-        ) from None
+        what = f"{path}: not a checkpoint of {NAME}.py with these flags"
+        raise UserError(f"{what}; give a run folder ({error!r})") from None
     return model.to(cfg.device).eval(), cfg, checkpoint
 
 
 def claim_folder(flags):
-    """Makes the run folder, --out or the first of runs/NAME-1, -2 .. that is free, in one go, so
-    that two runs never share it."""
+    """-> the run folder: --out, or the first of runs/NAME-1, -2 .. that is free. It is made in one
+    step, so that two runs that start together do not share it."""
     for i in itertools.count(1):
         out = Path(flags.out or f"runs/{NAME}-{i}")
-        with contextlib.suppress(FileExistsError):
+        try:
             out.mkdir(parents=True, exist_ok=flags.resume)
             return out
-        if flags.out:
-            raise UserError(f"{out}: exists; add --resume to continue it, or choose another --out")
+        except FileExistsError:
+            if flags.out:
+                what = f"{out}: exists; add --resume to continue it"
+                raise UserError(f"{what}, or choose another --out") from None
 
 
 def average_gradients(model):
-    """Gives all processes the weights of the first, and after every backward the mean gradient."""
+    """Broadcasts the weights of rank 0, and averages the gradients after each backward."""
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     for p in model.parameters():
@@ -948,27 +968,28 @@ def average_gradients(model):
 def train(flags, given):
     """Trains a model; leaves model.pt, log.jsonl, run.json and samples/ in the run folder."""
     began = time.time()
+    if WORLD_SIZE > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL_RANK)  # from here on "cuda" is the GPU of this process
+        dist.init_process_group(timeout=timedelta(hours=2))
+
     model = checkpoint = None
     if flags.resume and Path(flags.out, "model.pt").exists():
         model, cfg, checkpoint = load(flags.out, **given)
     else:
         cfg = Config(**(TOY if flags.toy or not flags.data else {}) | given)
-    if WORLD_SIZE > 1:
-        if cfg.device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)  # from here on "cuda" is the GPU of this process
-        dist.init_process_group()
-
     corpus = load_corpus(cfg)
     model, optimizers, first = build(model, corpus, cfg, checkpoint)
+
     out = claim_folder(flags) if RANK == 0 else None
     run = describe_run(cfg)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
-    print(f"    {millions:.1f} million parameters on {run['hardware']}", flush=True)
+    print(f"    {millions:.1f} million parameters on {run['hardware']}")
     if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one", flush=True)
-
+        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
+
     if RANK == 0:
         metrics = sample(model.eval(), corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
@@ -976,7 +997,7 @@ def train(flags, given):
         print(json.dumps(metrics, indent=1))
         print(f"measure, see and hear it: python tests/compare.py {out}")
     if WORLD_SIZE > 1:
-        dist.barrier()  # torchrun ends all processes when one of them ends
+        dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
 
 
@@ -984,57 +1005,61 @@ def build(model, corpus, cfg, checkpoint):
     """-> model, optimizers and the number of steps done: new, or as the checkpoint has them."""
     if len(corpus.train) < cfg.batch_size:
         count = len(corpus.train)
-        raise UserError(f"{count} training utterances fill no batch; lower --batch-size")
-    if checkpoint and checkpoint["speakers"] != corpus.speakers:
-        raise UserError(f"{cfg.data}: other speakers than the checkpoint's; choose another --out")
+        raise UserError(f"{count} training utterances are fewer than --batch-size; lower it")
     torch.manual_seed(cfg.seed)
     if not checkpoint:
         model = Model(cfg, len(corpus.speakers)).to(cfg.device)
         prepare(model, corpus, cfg)
+        checkpoint = dict(step=0, speakers=corpus.speakers, optimizers={})
+    if checkpoint["speakers"] != corpus.speakers:
+        raise UserError("--resume: trained on other speakers than these; choose another --out")
+    if checkpoint["step"] > cfg.steps:
+        raise UserError(f"--steps {cfg.steps}: there are {checkpoint['step']} already; raise it")
     optimizers = make_optimizers(model, cfg)
-    for name in optimizers if checkpoint else ():
-        optimizers[name].load_state_dict(checkpoint["optimizers"][name])
+    for name, state in checkpoint["optimizers"].items():
+        groups = optimizers[name].state_dict()["param_groups"]  # lr and so on, as given now
+        optimizers[name].load_state_dict(dict(state, param_groups=groups))
     if WORLD_SIZE > 1:
         average_gradients(model)
-    return model, optimizers, checkpoint["step"] if checkpoint else 0
+    return model, optimizers, checkpoint["step"]
 
 
 def describe_run(cfg):
-    """What made a run -> the first entries of run.json. The hash is of the method, without the
-    plumbing."""
-    source = Path(__file__).read_text()
-    method = source[
-        source.index("@dataclass(frozen") : source.index("# ==================== shared")
-    ]
-    hardware = f"{torch.get_num_threads()} CPU threads"
-    if cfg.device == "cuda":
-        hardware = torch.cuda.get_device_name()
+    """-> the first entries of run.json. The hash is of the method, so that plumbing may be fixed
+    without running again."""
+    source = Path(__file__).read_text("utf-8")
+    first = source.index("@dataclass(frozen")
+    method = source[first : source.index("# ==================== shared")]
+    cpu = f"{torch.get_num_threads()} CPU threads"
     return dict(
         script=NAME,
         method_sha256=hashlib.sha256(method.encode()).hexdigest(),
         command=shlex.join(["python", *sys.argv]),
         config=asdict(cfg),
         steps=cfg.steps,
-        hardware=hardware,
+        hardware=torch.cuda.get_device_name() if cfg.device == "cuda" else cpu,
         torch=torch.__version__,
     )
+
+
+def on_stop(handler):
+    """Calls handler(number, frame) on Ctrl-C and on SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def optimize(model, optimizers, corpus, cfg, out, first):
     """The training loop, from step `first` on. Ctrl-C and SIGTERM let a step end, then save and
     stop."""
     stop = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        signal.signal(number, lambda *_: stop.append(1))
+    on_stop(lambda *_: stop.append(True))
     began = time.time()
     for step in range(first, cfg.steps):
-        # A seed for each step, so that a resumed run draws the same numbers.
+        # A seed for each step: without it a resumed run would draw other numbers.
         torch.manual_seed((cfg.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
+        half = cfg.bf16 and cfg.device == "cuda"
         # Without cache_enabled=False, copies of the weights in bfloat16 could outlive a step.
-        with torch.autocast(
-            cfg.device, torch.bfloat16, cfg.bf16 and cfg.device == "cuda", cache_enabled=False
-        ):
+        with torch.autocast(cfg.device, torch.bfloat16, enabled=half, cache_enabled=False):
             metrics = train_step(model.train(), optimizers, corpus, step, cfg)
         done = step + 1
         saving = done == cfg.steps or done % cfg.save_every == 0 or stop
@@ -1053,21 +1078,20 @@ def optimize(model, optimizers, corpus, cfg, out, first):
         if stop:
             command = shlex.join(["python", *sys.argv, "--out", str(out), "--resume"])
             print(f"saved at step {done}; continue with: {command}")
-            raise KeyboardInterrupt
-    for number in signals:
-        signal.signal(number, signal.default_int_handler)
+            raise KeyboardInterrupt  # main returns 130
+    on_stop(signal.default_int_handler)
 
 
 def log(model, metrics, done, pace, cfg, out):
     """Prints the metrics of a step and appends them to log.jsonl."""
-    line = {name: value.item() for name, value in metrics.items()}  # waits for the GPU
-    finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    if not (finite and all(map(math.isfinite, line.values()))):
+    tensors = [*metrics.values(), *model.state_dict().values()]
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"step {done}: the loss or a weight is not finite; lower --lr")
     if RANK == 0:
+        line = {name: value.item() for name, value in metrics.items()}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in line.items())
         left = timedelta(seconds=round((cfg.steps - done) * pace))
-        print(f"step {done}/{cfg.steps}  {shown}  {pace:.3g} s a step, {left} left", flush=True)
+        print(f"step {done}/{cfg.steps}  {shown}  {pace:.3g} s a step, {left} left")
         with open(out / "log.jsonl", "a") as file:
             print(json.dumps({"step": done, **line}), file=file)
 
@@ -1076,25 +1100,24 @@ def read_source(path, cfg):
     """Audio file -> its pieces (n,), on the device."""
     wave = read_audio(path, cfg.sample_rate).to(cfg.device)
     if len(wave) < cfg.win or wave.abs().max() < 1e-4:
-        raise UserError(
-            f"{path}: silent, or shorter than a window of {cfg.win} samples; give another"
-        )
+        raise UserError(f"{path}: silent, or shorter than --win {cfg.win} samples; give another")
     return wave.tensor_split(ceil(len(wave) / PIECE_SECONDS / cfg.sample_rate))
 
 
 def convert_file(flags, given):
-    """What --source says, in the voice of --target or, without one, its own -> --output."""
-    if Path(flags.output).suffix.lower() not in AUDIO_ENDINGS:
-        raise UserError(f"{flags.output}: unknown ending; end it in .wav or .flac")
+    """Converts --source to the voice of --target, or reconstructs it without one, and writes
+    --output. Of a recording as a target the first PIECE_SECONDS count."""
+    if not flags.output.lower().endswith((".wav", ".flac")):
+        raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
-    speakers = checkpoint["speakers"] if TARGET else []
+    speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
     target = flags.target
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
-    elif target and target not in speakers:
-        raise UserError(f"--target {target}: choose from {speakers[:40]}")
-    elif target:
+    elif target in speakers:
         target = speakers.index(target)
+    elif target:
+        raise UserError(f"--target {target}: choose from {', '.join(speakers[:40])}")
     waves = [convert(model, [piece], [target], cfg)[0] for piece in read_source(flags.source, cfg)]
     write_audio(flags.output, torch.cat(waves), cfg.sample_rate)
 
@@ -1103,22 +1126,23 @@ def encode_files(flags, given):
     """The representations of --source, a file or a folder -> --output/NAME.REPRESENTATION.npy."""
     model, cfg, _ = load(flags.checkpoint, **given)
     source = Path(flags.source)
-    root = source if source.is_dir() else source.parent
-    names = audio_names(root) if source.is_dir() else [source.name]
+    names = audio_names(source) if source.is_dir() else [""]  # source / "" is source
+    stems = [os.path.splitext(name)[0] for name in names]
+    if len(set(stems)) < len(stems):
+        twin = max(stems, key=stems.count)
+        raise UserError(f"{source / twin}.*: two files would write one output; rename one")
     failed = []
     for name in names:
         try:
-            rows = [represent(model, piece, cfg) for piece in read_source(root / name, cfg)]
+            rows = [represent(model, piece, cfg) for piece in read_source(source / name, cfg)]
         except UserError as error:
             failed.append(error)
             continue
         for key in rows[0]:
-            x = [row[key] for row in rows]
-            is_vector = x[0].dim() == 1 and x[0].is_floating_point()
-            x = torch.stack(x).mean(0) if is_vector else torch.cat(x)
-            path = Path(flags.output, name).with_suffix(f".{key}.npy")
-            if path.exists():
-                raise UserError(f"{path}: two files would write it, one is {name}; rename it")
+            pieces = [row[key] for row in rows]
+            is_vector = pieces[0].dim() == 1 and pieces[0].is_floating_point()  # one a recording
+            x = torch.stack(pieces).mean(0) if is_vector else torch.cat(pieces)
+            path = Path(flags.output, name or source.name).with_suffix(f".{key}.npy")
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, x.cpu().numpy())
     if failed:
@@ -1129,8 +1153,8 @@ def main(argv):
     """Runs one mode -> exit code."""
     try:
         flags, given = parse(argv)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        sys.stdout.reconfigure(errors="replace")
+        on_stop(signal.default_int_handler)
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
         {"train": train, "convert": convert_file, "encode": encode_files}[flags.mode](flags, given)
@@ -1140,11 +1164,9 @@ def main(argv):
     except re.error as error:
         message = f"--speaker or --include: {error}; give a regular expression"
     except (MemoryError, RuntimeError) as error:
-        if "alloc" not in str(error):
+        if not re.search("alloc|out of memory|MemoryError", repr(error)):
             raise
-        message = (
-            "out of memory; lower --batch-size or --crop, give a shorter recording, or --device cpu"
-        )
+        message = "out of memory; lower --batch-size or --crop, or set --device cpu"
     except KeyboardInterrupt:
         return 130
     print("error:", " ".join(str(message).split())[:600], file=sys.stderr)

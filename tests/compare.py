@@ -68,10 +68,14 @@ class Setting:
     log_mel: dict = None
 
     def shown(self):
-        """(Listening, Pair) of each row of the page, those with unseen speakers last."""
-        if self.open.pool is self.closed.pool:
-            return [(self.closed, pair) for pair in self.closed.pairs[:SHOWN]]
-        unseen = [(self.open, pair) for pair in self.open.pairs[: SHOWN // 3]]
+        """(Listening, Pair) of each row of the page, those with unseen speakers last.
+
+        Where there is one corpus, or no speaker that the model knows, all rows are of open pairs,
+        which are the same for all runs.
+        """
+        known = [pair for pair in self.closed.pairs if pair.target is not None]
+        is_open = self.open.pairs and (not known or self.open.pool is self.closed.pool)
+        unseen = [(self.open, pair) for pair in self.open.pairs[: SHOWN if is_open else SHOWN // 3]]
         return [(self.closed, pair) for pair in self.closed.pairs[: SHOWN - len(unseen)]] + unseen
 
 

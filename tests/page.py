@@ -1066,7 +1066,7 @@ def maps(vectors):
             keep = np.unique(np.linspace(0, n_vectors - 1, 600).astype(int))
             plane, shares = principal_components(np.asarray(item["x"])[keep])
             drawing = scatter(plane, [str(item["speaker"][i]) for i in keep], colors)
-            note = f"{100 * shares.sum():.0f} % of the variance"
+            note = f"{100 * shares.sum():.0f} %"
             figures.append(captioned(representation, note, drawing, "map"))
         if figures:
             row = el("div", *figures, class_="row")
@@ -1239,6 +1239,7 @@ figure{margin:0;font-size:13px}
 figcaption{margin-bottom:3px}
 h4~.clip~.clip{margin-top:12px}
 audio{display:block;width:100%;min-width:230px;height:34px;margin-top:2px}
+.spectrogram{overflow:visible}
 .spectrogram text,.chart text{font:10px FONT;fill:var(--gray);font-variant-numeric:tabular-nums}
 .spectrogram g text{fill:var(--ink)}
 .spectrogram .token{fill:#111}
@@ -1287,8 +1288,8 @@ SECTIONS = (
     (
         "maps",
         "Maps of utterances",
-        "The first two principal components of a vector for each utterance, which is the mean over "
-        "time where a representation has frames.",
+        "The first two principal components of a vector for each utterance, and the share of the "
+        "variance that they hold. The vector is the mean over time where a representation has frames.",
     ),
     ("codes", "Use of the codes", "How often each code occurs."),
     ("curves", "Training", "What each run logged."),
@@ -1328,8 +1329,8 @@ def introduction(result, has_phones):
         date = time.strptime(compared["date"], "%Y-%m-%d")
         facts[0] += f", measured on {time.strftime('%d %B %Y', date).lstrip('0')}"
     if compared.get("data"):
-        facts.append(f"training speakers from {plain(compared['data'])}")
-    if compared.get("test"):
+        facts.append(f"probes fitted on {plain(compared['data'])}")
+    if compared.get("test") and compared["test"] != compared.get("data"):
         facts.append(f"unseen speakers from {plain(compared['test'])}")
     if compared.get("pairs") is not None:
         facts.append(f"{compared['pairs']} pairs for each kind of speech")

@@ -215,7 +215,7 @@ def test_resource_forks_and_other_files_are_ignored(folder, capsys):
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7" + bytes(100))
     (folder / "notes.txt").touch()
     assert len(load(folder).train) == 30
-    assert "1 other files, not audio, are ignored" in capsys.readouterr().out
+    assert "36 of 37 files are audio" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf8_or_very_long(folder, capfd):
@@ -284,7 +284,7 @@ def test_lost_recordings_are_left_out_and_named(folder, capsys):
     corpus = load(folder)
     lost = [u for u, path in enumerate(corpus.paths) if path.stem in ("ann_03", "ben_04")]
     assert not set(lost) & {*corpus.train, *corpus.held}
-    assert "2 of 36 recordings unreadable" in capsys.readouterr().out
+    assert "2 of 36 recordings are unreadable" in capsys.readouterr().out
     for i in range(3):
         write(folder / "don" / f"don_{i:02d}.wav", np.zeros(0))
     with pytest.raises(m.UserError, match=r"5 of 36 .* first: .*ann_03\.wav; fix or remove"):
@@ -326,9 +326,9 @@ def test_test_folder_is_a_corpus_of_its_own(folder, tmp_path):
 )
 def test_the_regex_that_fits_is_suggested(names, suggested):
     with pytest.raises(m.UserError) as error:
-        m.find_speakers(names, settings(), 2)
+        m.find_speakers(names, settings(), "data", 2)
     assert f"--speaker '{suggested}' would find 2" in str(error.value)
-    owners = m.find_speakers(names, settings(speaker=suggested), 2)
+    owners = m.find_speakers(names, settings(speaker=suggested), "data", 2)
     assert set(owners) == {"ann", "ben"}
 
 
