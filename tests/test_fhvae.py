@@ -251,7 +251,7 @@ def test_training_segments_are_frames_of_the_utterance():
     )
     assert torch.equal(drawn, v.segments(model, corpus, cfg, 0, 0, np.array([0, 1, 2, 0])))
     rng = np.random.default_rng((0, 0, 0, 0))
-    first = (rng.random(4) * (8000 - 1840 + 1)).astype(int)
+    first = rng.integers(np.full(4, 8000 - 1840 + 1))
     for row, u, at in zip(drawn, (0, 1, 2, 0), first):
         x = model.features(corpus.wave(u)[None, at - 800 if at >= 800 else at % 80 :])[
             0
