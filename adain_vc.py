@@ -907,7 +907,7 @@ def parse(argv):
 
 
 def boolean(text):
-    return json.loads(text.lower()) is True
+    return ("false", "true").index(text.lower()) == 1
 
 
 def save(path, **content):
@@ -1159,8 +1159,10 @@ def main(argv):
             sys.stdout = open(os.devnull, "w")
         {"train": train, "convert": convert_file, "encode": encode_files}[flags.mode](flags, given)
         return 0
-    except (UserError, OSError, sf.SoundFileError) as error:
+    except (UserError, sf.SoundFileError) as error:
         message = error
+    except OSError as error:
+        message = f"{error}; free space there, or work in a folder that you may write to"
     except re.error as error:
         message = f"--speaker or --include: {error}; give a regular expression"
     except (MemoryError, RuntimeError) as error:

@@ -347,6 +347,13 @@ def test_no_data_is_the_toy_corpus(m, data, monkeypatch):
     shutil.rmtree("runs/toy-24")
 
 
+@pytest.mark.parametrize("text, value", [("true", True), ("False", False)])
+def test_booleans(m, text, value):
+    assert m.parse(["--bf16", text])[1] == {"bf16": value}
+    with pytest.raises(SystemExit):
+        m.parse(["--bf16", "1"])
+
+
 def test_help_shows_every_flag(m, capsys):
     assert main(m, "--help") == 0
     text = capsys.readouterr().out
@@ -693,7 +700,7 @@ def test_disk_full(script, quick, data, trained, tmp_path, capsys, earlier):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
-    one_line(capsys.readouterr().err, "File too large")
+    one_line(capsys.readouterr().err, "File too large; free space there")
     left = {p.name for p in out.iterdir()}
     assert left - {"run.json", "samples"} == {"log.jsonl", *["model.pt"] * earlier}
     assert not earlier or quick.load(out)[2]["step"] == 4
