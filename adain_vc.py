@@ -1,58 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""One-shot voice conversion: instance normalisation takes the speaker out, AdaIN puts another one in.
+"""AdaIN-VC: one-shot voice conversion with instance normalization.
 
-Chou, Yeh, Lee, "One-shot Voice Conversion by Separating Speaker and Content Representations with Instance
-Normalization", Interspeech 2019, arXiv:1904.05742.
+Paper    Chou, Yeh, Lee. One-shot Voice Conversion by Separating Speaker and Content
+         Representations with Instance Normalization. Interspeech 2019, arXiv:1904.05742.
+         Layer sizes and schedule follow the authors' final code, which differs from the paper
+         (D1 to D3).
 
-The idea. What stays the same throughout an utterance is mostly the speaker, what changes is what is said.
-Instance normalisation (IN) subtracts from each channel its mean over time and divides by its deviation: in
-the content encoder this removes much of what stays the same. The speaker encoder has no IN and averages over
-time, which removes what changes. The decoder normalises too, and is given the speaker as the new mean and
-deviation of its channels (AdaIN). All three learn as one variational auto-encoder, from single segments,
-without labels; so neither voice of a conversion needs to be known, and one recording of the target will do.
+Idea     What stays constant over an utterance is mostly the speaker; what changes is the content.
+         The content encoder uses instance normalization (IN): it sets the mean over time of every
+         channel to 0 and the variance to 1, which removes much of the speaker. The speaker
+         encoder has no IN and averages over time, which removes the content. The decoder
+         normalizes as well, and gets the speaker back as the new mean and scale of its channels
+         (AdaIN). All three are trained as one VAE that reconstructs single segments. No labels
+         are used, so both speakers of a conversion may be unseen, and one recording of the target
+         is enough.
 
-    wave (B, N) -> pre-emphasis -> mel spectrum in dB, each band standardised: x (B, T, F)
-    x -> content encoder, with IN -> mu, log sigma^2 (B, T', D); z = mu + sigma * noise; T' = T / 8 (TOY: / 4)
-    x -> speaker encoder, average over T -> e (B, E)
-    z -> conv, IN, ReLU -> 6 blocks (TOY: 4), each two times: conv, AdaIN, ReLU -> conv -> x^ (B, T, F)
-    AdaIN(h, e) = IN(h) * scale(e) + shift(e)        IN(h) = (h - mean over T) / sqrt(variance over T + 1e-5)
+Model    wave (B, N) -> pre-emphasis, mel spectrogram in dB, standardized   x      (B, T, F)
+         content encoder, with IN: q(z|x) = N(mu, sigma^2)                  z      (B, T/8, D)
+         speaker encoder, mean over time                                    e      (B, E)
+         decoder, conditioned on e by AdaIN in every block                  x_hat  (B, T, F)
+         IN(h) = (h - mean(h)) / sqrt(var(h) + 1e-5), statistics over time, for each channel
+         AdaIN(h, e) = IN(h) * scale(e) + shift(e)
 
-    L = l1 |x - x^| + kl min(1, (step + 1) / kl_steps) KL(N(mu, sigma^2) || N(0, 1)), means over all elements
+Loss     L = 10 |x - x_hat| + w KL(q(z|x) || N(0, 1)); w rises from 0 to 1 in 20,000 steps
 
-    symbol   here                 shape         symbol        here             shape or value
-    E_c(x)   model.content: mu    (B, T', D)    gamma, beta   scale, shift     (B, C, 1), of AdaIN
-    E_s(x)   model.speaker: e     (B, E)        lambda_rec    cfg.l1           10
-    D(z, e)  model.decoder: x^    (B, T, F)     lambda_kl     cfg.kl           1 (TOY: 0.1)
-    B batch, T frames, F mel bands, C channels in the blocks, D and E sizes of z and e
+Symbols  E_c(x)      model.content: mu, log_var   (B, T/8, D)     lambda_rec   cfg.l1
+         E_s(x)      model.speaker: e             (B, E)          lambda_kl    cfg.kl
+         D(z, e)     model.decoder: x_hat         (B, T, F)
+         B segments, N samples, T frames, F mel bands, C channels; D and E are the sizes of z and e
 
-Differs from the paper. Of it we had what the authors say beside their published code, not the text: sizes,
-weights and schedule here are those of that code in its last state.
-D1  IN comes before the ReLU. In the paper: after it.
-D2  The posterior's variance is learned, and its KL rises to weight 1 in 20,000 steps. In the paper the
-    variance is 1, so the KL is half the mean square of mu; the authors' earlier code: 0.01 times that square.
-D3  No dropout; AdaIN's scale and shift are linear in e; kernels of 5. The authors' earlier code has dropout
-    of 0.5 in the encoders, an MLP on e, kernels of 3 in the speaker encoder and more layers in the decoder.
-D4  Any length goes in and the same comes out: a short x is repeated, a long x^ cut. Silence stays, but not a
-    silent training segment. The authors trim silence, need 17 frames (9 of the target), return 8 T' frames.
-D5  Griffin-Lim with momentum, on the pseudo-inverse of the mel filters, de-emphasis in
-    the spectrum. The authors: 100 plain rounds, a scaled transpose, a recursive filter.
-D6  Mean and deviation of a mel band are of utterances of all speakers, the deviation at least 1 dB; segments
-    are cut from the waveform, anew in every step. The authors: of the first 5000 files by name, which in VCTK
-    are a dozen speakers; cut from the spectrogram (so that edges see what is beyond), 10 million, once.
-The paper does not say, or not to us
-U1  Over what L averages: here, as in the authors' code, both terms are means over all elements.
-U2  What several recordings of the target give: here they are joined, so that the average over time is of all.
+Differs from the paper
+D1  IN comes before the ReLU, as in the authors' final code. The paper normalizes after it.
+D2  The posterior variance is learned and the KL weight rises to 1. In the paper the variance is 1
+    and the KL weight is 0.01. The paper trains with a batch of 256; here it is 128.
+D3  There is no dropout, and scale(e) and shift(e) are linear. The paper uses a dropout of 0.5 on
+    all layers. The authors' earlier code passes e through an MLP first.
+D4  Every length is accepted and kept: a short spectrogram is repeated until it is long enough for
+    the encoder, and the output is cut to the length of the source. The authors trim silence, need
+    17 frames of the source and 9 of the target, and return a multiple of 8 frames.
+D5  A silent training segment is replaced by another one of its batch. In silence each IN divides
+    by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
+D6  The waveform comes from Griffin-Lim with momentum on the pseudo-inverse of the mel filters. The
+    authors use 100 plain iterations on a scaled transpose.
+D7  The mean and deviation of a band are those of utterances of all speakers, and the deviation is
+    at least 1 dB. Segments are cut anew in every step. The authors take the first 5,000 files by
+    name, which are only a dozen speakers of VCTK, and draw 10 million segments in advance.
+Not specified in the paper
+U1  Over what the loss is averaged: here both terms are means over all elements, as in the code.
+U2  How several recordings of the target are used: here they are joined, so that the speaker
+    encoder averages over all of them.
 
-The log shows l1 in deviations of a mel band, of z on segments: 0.8 for a model that knows only the means,
-0.21 to 0.33 reported by users of the authors' code; and kl in nats per element of z. In run.json
-metrics.l1 is of mu on whole test utterances, decoded with their own embedding, with that of ANOTHER
-recording of the speaker, and with another speaker's: if e held only the speaker, the first two would be
-equal. metrics.active: channels of z with more than 0.01 nats. The paper's claim: from `content` the speaker
-is read worse than in a run with --instance-norm false.
-
-    python adain_vc.py                                  a toy corpus, two minutes on two CPU cores
-    python adain_vc.py --data DIR --test DIR2           any folder of audio, the authors' size, for a GPU
-    python adain_vc.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
+Usage    python adain_vc.py                               toy corpus, two minutes on two CPU cores
+         python adain_vc.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
+         python adain_vc.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
+         The log shows `l1`, in standard deviations of a mel band, and `kl`, in nats per element of
+         z. The control of the paper's claim is --instance-norm false.
 """
 
 import argparse
@@ -163,126 +165,151 @@ TOY = dict(
     kl_steps=375,
 )
 TARGET = "recording"  # what convert takes: any recording of the target speaker
+PRE_EMPHASIS = 0.97
 
 
-# ==================== the model ====================
+# ---------- model ----------
 class Conv(nn.Conv1d):
-    """Over time, edges mirrored: T -> ceil(T / stride). An even kernel reaches one frame further back."""
+    """Convolution over time with reflected edges: (B, C_in, T) -> (B, C_out, ceil(T / stride)).
+    An even kernel sees one more frame of the past than of the future."""
 
     def forward(self, x):
-        k = self.kernel_size[0]
-        return super().forward(F.pad(x, (k // 2, (k - 1) // 2), mode="reflect"))
+        kernel = self.kernel_size[0]
+        return super().forward(F.pad(x, (kernel // 2, (kernel - 1) // 2), mode="reflect"))
 
 
-class Encoder(nn.Module):
-    """What both encoders have, x (B, T, F) -> h (B, C, T'): a bank of convolutions of many widths, then
-    residual blocks. With `norm`, InstanceNorm takes mean and deviation over time from every channel, and with
-    them much of what does not change in an utterance: the speaker."""
+class EncoderBlock(nn.Module):
+    """Two convolutions beside a skip connection: h (B, C, T) -> (B, C, ceil(T / stride))."""
 
-    def __init__(self, cfg, norm):
+    def __init__(self, channels, stride, Norm):
         super().__init__()
-        c, Norm = cfg.channels, nn.InstanceNorm1d if norm else nn.Identity
-        # of this many frames 3 are left at the lowest rate, as few as can be mirrored by 2
-        self.min_frames = max(2 ** (cfg.blocks // 2 + 1), cfg.bank // 2) + 1
+        self.stride = stride
+        self.layers = nn.Sequential(  # D1: Norm before ReLU, D3: no dropout
+            Conv(channels, channels, 5),
+            Norm(channels),
+            nn.ReLU(),
+            Conv(channels, channels, 5, stride=stride),
+            Norm(channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, h):
+        return self.layers(h) + F.avg_pool1d(h, self.stride, ceil_mode=True)
+
+
+class Trunk(nn.Module):
+    """What both encoders begin with: x (B, T, F) -> h (B, C, T/8). A bank of convolutions with
+    kernels of 1, 2 .. 8 frames, then residual blocks of which every second one halves T."""
+
+    def __init__(self, cfg, instance_norm):
+        super().__init__()
+        Norm = nn.InstanceNorm1d if instance_norm else nn.Identity
+        C = cfg.channels
         self.bank = nn.ModuleList(
-            Conv(cfg.n_mels, cfg.bank_channels, k + 1) for k in range(cfg.bank)
+            Conv(cfg.n_mels, cfg.bank_channels, kernel) for kernel in range(1, cfg.bank + 1)
         )
         self.mix = nn.Sequential(
-            nn.Conv1d(cfg.bank * cfg.bank_channels + cfg.n_mels, c, 1), Norm(c), nn.ReLU()
+            nn.Conv1d(cfg.bank * cfg.bank_channels + cfg.n_mels, C, 1), Norm(C), nn.ReLU()
         )
-        self.blocks = nn.ModuleList(
-            nn.Sequential(  # D1: ReLU last; D3: no dropout
-                Conv(c, c, 5),
-                Norm(c),
-                nn.ReLU(),
-                Conv(c, c, 5, stride=1 + i % 2),
-                Norm(c),
-                nn.ReLU(),
-            )
-            for i in range(cfg.blocks)
-        )
+        self.blocks = nn.ModuleList(EncoderBlock(C, 1 + i % 2, Norm) for i in range(cfg.blocks))
 
-    def trunk(self, x):
-        T = max(x.shape[1], self.min_frames)  # D4: x again and again
-        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()  # (B, F, T)
-        h = self.mix(torch.cat([*(conv(x).relu() for conv in self.bank), x], 1))
-        for i, block in enumerate(self.blocks):
-            h = block(h) + (F.avg_pool1d(h, 2, ceil_mode=True) if i % 2 else h)
+        # A kernel of 5 reflects 2 frames at each edge, so at least 3 must be left at the lowest
+        # rate. The bank's longest kernel needs more than half its own length.
+        self.min_frames = max(2 ** (cfg.blocks // 2 + 1), cfg.bank // 2) + 1
+
+    def forward(self, x):
+        if x.shape[1] < self.min_frames:  # D4
+            x = x.repeat(1, self.min_frames, 1)[:, : self.min_frames]
+        x = x.mT.contiguous()  # (B, F, T)
+
+        bank = [conv(x).relu() for conv in self.bank]
+        h = self.mix(torch.cat([*bank, x], 1))  # (B, C, T)
+        for block in self.blocks:
+            h = block(h)
         return h
 
 
-class ContentEncoder(Encoder):
-    """x (B, T, F) -> mean and log variance of q(z | x), (B, T', D) each."""
+class ContentEncoder(nn.Module):
+    """x (B, T, F) -> mean and log variance of q(z|x), (B, T/8, D) each."""
 
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.instance_norm)
-        self.mu, self.log_var = (nn.Conv1d(cfg.channels, cfg.d_content, 1) for _ in range(2))
+        super().__init__()
+        self.trunk = Trunk(cfg, cfg.instance_norm)
+        self.mu = nn.Conv1d(cfg.channels, cfg.d_content, 1)
+        self.log_var = nn.Conv1d(cfg.channels, cfg.d_content, 1)
 
     def forward(self, x):
         h = self.trunk(x)
         return self.mu(h).mT, self.log_var(h).mT
 
 
-class SpeakerEncoder(Encoder):
-    """x (B, T, F) -> e (B, E). No norm: it would remove what is wanted. The average over time drops the
-    order of things; no label and no loss but the reconstruction says what e should be."""
+class SpeakerEncoder(nn.Module):
+    """x (B, T, F) -> speaker embedding e (B, E). There is no normalization, because it would remove
+    the speaker. No loss acts on e but the reconstruction."""
 
     def __init__(self, cfg):
-        super().__init__(cfg, norm=False)
-        c = cfg.channels
+        super().__init__()
+        C = cfg.channels
+        self.trunk = Trunk(cfg, instance_norm=False)
         self.dense = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU())
+            nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU())
             for _ in range(cfg.dense)
         )
-        self.project = nn.Linear(c, cfg.d_speaker)
+        self.project = nn.Linear(C, cfg.d_speaker)
 
     def forward(self, x):
-        h = self.trunk(x).mean(-1)  # (B, C)
+        h = self.trunk(x).mean(-1)  # (B, C): the mean over time drops the order of the sounds
         for block in self.dense:
             h = h + block(h)
         return self.project(h)
 
 
 class AdaIN(nn.Module):
-    """h (B, C, T), e (B, E) -> IN(h) * scale(e) + shift(e): over time, channel c gets the mean shift_c and
-    the deviation |scale_c|, whatever it had. (In AdaIN for images they are statistics of another image.)"""
+    """h (B, C, T), e (B, E) -> IN(h) * scale(e) + shift(e): every channel gets the mean `shift` and
+    the standard deviation |scale|, whatever they were before."""
 
     def __init__(self, cfg):
         super().__init__()
         self.affine = nn.Linear(cfg.d_speaker, 2 * cfg.channels)
 
     def forward(self, h, e):
-        shift, scale = self.affine(e)[..., None].chunk(2, 1)  # (B, C, 1) each, in this order
+        shift, scale = self.affine(e)[..., None].chunk(2, 1)  # (B, C, 1) each
         return F.instance_norm(h) * scale + shift
 
 
 class DecoderBlock(nn.Module):
-    """h (B, C, T), e (B, E) -> (B, C, up T): conv, AdaIN, ReLU, twice, and a residual."""
+    """h (B, C, T), e (B, E) -> (B, C, up * T): two convolutions with AdaIN beside a skip
+    connection."""
 
     def __init__(self, cfg, up):
         super().__init__()
-        self.up, c = up, cfg.channels
-        self.first, self.adain_1 = Conv(c, c, 5), AdaIN(cfg)
-        self.second, self.adain_2 = Conv(c, c * up, 5), AdaIN(cfg)
+        C = cfg.channels
+        self.up = up
+        self.conv_1 = Conv(C, C, 5)
+        self.adain_1 = AdaIN(cfg)
+        self.conv_2 = Conv(C, C * up, 5)
+        self.adain_2 = AdaIN(cfg)
 
     def forward(self, h, e):
-        y = self.second(self.adain_1(self.first(h), e).relu())  # (B, up C, T)
-        y = y.unflatten(1, (-1, self.up)).mT.flatten(2)  # pixel shuffle: (B, C, up T)
-        return self.adain_2(y, e).relu() + h.repeat_interleave(self.up, 2)
+        y = self.adain_1(self.conv_1(h), e).relu()
+        y = self.conv_2(y)  # (B, C * up, T)
+        y = y.unflatten(1, (-1, self.up)).mT.flatten(2)  # pixel shuffle: (B, C, up * T)
+        y = self.adain_2(y, e).relu()
+        return y + h.repeat_interleave(self.up, 2)
 
 
 class Decoder(nn.Module):
-    """z (B, T', D), e (B, E) -> x^ (B, 8 T', F). By the first InstanceNorm a constant added to z, and what of
-    the speaker hides in it, is not seen. Of the voice it is told by e, in every block."""
+    """z (B, T/8, D), e (B, E) -> x_hat (B, T, F). The first IN hides from the decoder any constant
+    that is added to a channel of z, so the voice can only come from e."""
 
     def __init__(self, cfg):
         super().__init__()
-        c = cfg.channels
-        self.enter = nn.Sequential(nn.Conv1d(cfg.d_content, c, 1), nn.InstanceNorm1d(c), nn.ReLU())
+        C = cfg.channels
+        self.enter = nn.Sequential(nn.Conv1d(cfg.d_content, C, 1), nn.InstanceNorm1d(C), nn.ReLU())
         self.blocks = nn.ModuleList(
             DecoderBlock(cfg, up=1 + i % 2) for i in reversed(range(cfg.blocks))
         )
-        self.leave = nn.Conv1d(c, cfg.n_mels, 1)
+        self.leave = nn.Conv1d(C, cfg.n_mels, 1)
 
     def forward(self, z, e):
         h = self.enter(z.mT)
@@ -292,85 +319,106 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """Three networks, and mean and deviation of each mel band. The number of speakers is of no use here."""
+    """The three networks, and the mean and deviation of each mel band. n_speakers is not used: the
+    method needs no labels."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
         self.cfg = cfg
         self.register_buffer("mean", torch.zeros(cfg.n_mels))
         self.register_buffer("std", torch.ones(cfg.n_mels))
-        self.content, self.speaker, self.decoder = (
-            ContentEncoder(cfg),
-            SpeakerEncoder(cfg),
-            Decoder(cfg),
-        )
+        self.content = ContentEncoder(cfg)
+        self.speaker = SpeakerEncoder(cfg)
+        self.decoder = Decoder(cfg)
 
     def features(self, wave):
-        """(B, N) -> x (B, T, F), T = 1 + N // hop, standardised."""
+        """(B, N) -> x (B, T, F), T = 1 + N // hop: decibels, standardized per band."""
         return (decibels(wave, self.cfg) - self.mean) / self.std
 
     def decode(self, z, e, frames):
-        """z (B, T', D), e (B, E) -> x^ (B, frames, F). D4: what is more than the source has is cut off."""
+        """z (B, T/8, D), e (B, E) -> x_hat (B, frames, F), without what D4 and T/8 added."""
         return self.decoder(z, e)[:, :frames]
 
     def vocode(self, x, samples):
-        """(B, T, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
-        mel = 10 ** (5 * (x * self.std + self.mean).clamp(0, 1) - 4)  # 100 dB x - 80 dB
-        angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
-        emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
-        return griffin_lim(mel_to_magnitude(mel, self.cfg) / emphasis, self.cfg)[:, :samples]
+        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
+        (D6)."""
+        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
+        level = (x * self.std + self.mean).clamp(0, 1)
+        mel = 10 ** ((100 * level - 80) / 20)  # dB -> magnitude
+
+        # Undo the pre-emphasis in the spectrum: its gain is |1 - 0.97 exp(-i w)|.
+        w = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
+        gain = (1 - PRE_EMPHASIS * torch.exp(-1j * w)).abs()
+        return griffin_lim(mel_to_magnitude(mel, self.cfg) / gain, self.cfg)[:, :samples]
 
 
 def decibels(wave, cfg):
-    """(B, N) -> (B, T, F): mel magnitude after a pre-emphasis of 0.97, -80 dB to 20 dB as 0 to 1."""
-    wave = wave - 0.97 * F.pad(wave, (1, 0))[:, :-1]
-    return ((20 / math.log(10) * log_mel(wave, cfg) + 80) / 100).clamp(1e-8, 1)
+    """(B, N) -> (B, T, F): mel magnitudes after pre-emphasis, with -80 dB .. 20 dB as 0 .. 1."""
+    previous = F.pad(wave, (1, 0))[:, :-1]
+    level = 20 / math.log(10) * log_mel(wave - PRE_EMPHASIS * previous, cfg)
+    return ((level + 80) / 100).clamp(1e-8, 1)
 
 
-# ==================== the objective ====================
+# ---------- loss and training step ----------
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every mel band, over at most 5000 utterances. D6: at least
-    1 dB, or a band that is silent in training would blow up what is not quite silent later."""
-    n, total, squares = 0, 0, 0
+    """Sets mean and deviation of every mel band from at most 5,000 training utterances (D7)."""
+    frames, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
         x = decibels(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, F)
-        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
-    model.mean.copy_(total / n)
-    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())
+        frames += len(x)
+        total += x.sum(0)
+        squares += x.square().sum(0)
+
+    mean = total / frames
+    variance = squares / frames - mean.square()
+    model.mean.copy_(mean)
+    model.std.copy_(variance.clamp(min=0.01**2).sqrt())  # 0.01 is 1 dB
 
 
 def make_optimizers(model, cfg):
-    """One for the three networks."""
-    return {
-        "autoencoder": torch.optim.Adam(
-            model.parameters(), cfg.lr, amsgrad=True, fused=True, weight_decay=cfg.weight_decay
-        )
-    }
+    """One Adam for the three networks."""
+    adam = torch.optim.Adam(
+        model.parameters(), cfg.lr, amsgrad=True, fused=True, weight_decay=cfg.weight_decay
+    )
+    return {"autoencoder": adam}
+
+
+def segments(model, corpus, step, cfg):
+    """-> x (B, T, F): a segment of T = crop / hop frames from each utterance of the batch."""
+    # The crop has a margin, so that the window of no frame reaches beyond its edges.
+    margin = ceil(cfg.win / 2 / cfg.hop)
+    with_margin = replace(cfg, crop=cfg.crop + 2 * margin * cfg.hop)
+    wave = get_batch(corpus, with_margin, step)["wave"]
+    x = model.features(wave)[:, margin : margin + cfg.crop // cfg.hop]
+
+    # D5: silence is what varies by less than a tenth of a standard deviation.
+    audible = x.std(1).mean(1) > 0.1  # (B,)
+    own = torch.arange(len(x), device=x.device)
+    return x[torch.where(audible, own, audible.int().argmax())]
 
 
 def kl_to_normal(mu, log_var):
-    """KL(N(mu, exp(log_var)) || N(0, 1)) in nats, per element: zero at mu = 0, log_var = 0."""
+    """KL(N(mu, exp(log_var)) || N(0, 1)) in nats, for each element."""
     return 0.5 * (log_var.exp() + mu.square() - 1 - log_var)
 
 
-def train_step(model, optimizers, corpus, step, cfg):
-    """One step on L. The same segment goes into both encoders."""
-    batch, optimizer = get_batch(corpus, cfg, step), optimizers["autoencoder"]
-    x = model.features(batch["wave"])[:, : cfg.crop // cfg.hop]  # (B, T, F)
-    # D4: in silence deviations are 0, each InstanceNorm multiplies the gradient by 1e-5 ** -0.5, and clipping
-    # leaves nothing of the rest of the batch. So another segment takes the place of a silent one.
-    heard = x.std(1).mean(1) > 0.1  # (B,), 0.1 of a deviation
-    keep = torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())
-    x = x[keep]
-    mu, log_var = (h.float() for h in model.content(x))  # (B, T', D)
+def losses(model, x):
+    """x (B, T, F) -> L1 error of the reconstruction, KL of the posterior; both are means over all
+    elements (U1). The same segment enters both encoders."""
+    mu, log_var = (h.float() for h in model.content(x))  # (B, T/8, D)
     z = mu + (log_var / 2).exp() * torch.randn_like(mu)
-    l1 = F.l1_loss(
-        model.decode(z, model.speaker(x), x.shape[1]).float(), x
-    )  # U1: means over all elements
-    kl = kl_to_normal(mu, log_var).mean()
-    loss = cfg.l1 * l1 + cfg.kl * min(1, (step + 1) / cfg.kl_steps) * kl  # D2
+    x_hat = model.decode(z, model.speaker(x), x.shape[1])
+    return F.l1_loss(x_hat.float(), x), kl_to_normal(mu, log_var).mean()
+
+
+def train_step(model, optimizers, corpus, step, cfg):
+    """One update of all three networks."""
+    l1, kl = losses(model, segments(model, corpus, step, cfg))
+    kl_weight = cfg.kl * min(1, (step + 1) / cfg.kl_steps)  # D2
+    loss = cfg.l1 * l1 + kl_weight * kl
+
+    optimizer = optimizers["autoencoder"]
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -378,64 +426,41 @@ def train_step(model, optimizers, corpus, step, cfg):
     return {"loss": loss.detach(), "l1": l1.detach(), "kl": kl.detach()}
 
 
-# ==================== what it is good for ====================
+# ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> content (T', D): the mean of q(z | x); speaker (E,): the embedding e."""
+    """wave (N,) -> content (T/8, D), the mean of q(z|x), and speaker (E,), the embedding e."""
     x = model.features(wave[None])
-    return {"content": model.content(x)[0][0], "speaker": model.speaker(x)[0]}
+    mu, _ = model.content(x)
+    return {"content": mu[0], "speaker": model.speaker(x)[0]}
 
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,), each with a recording (N',) of any speaker -> waves (N,): what the source says, in that
-    voice. Several recordings of the target, joined to one, are averaged by the speaker encoder (U2). None
-    reconstructs: the source is its own target."""
+    """Waves (N,), each with a recording (N',) of its target speaker -> waves (N,) that say the same
+    in the voice of the target. None as a target reconstructs the source. Several recordings of a
+    target are joined to one (U2)."""
     waves = []
-    for wave, target in zip(sources, targets):
-        x = model.features(wave[None])
-        e = model.speaker(x if target is None else model.features(target[None]))
-        waves.append(model.vocode(model.decode(model.content(x)[0], e, x.shape[1]), len(wave))[0])
+    for source, target in zip(sources, targets):
+        x = model.features(source[None])
+        reference = x if target is None else model.features(target[None])
+        mu, _ = model.content(x)
+        x_hat = model.decode(mu, model.speaker(reference), x.shape[1])
+        waves.append(model.vocode(x_hat, len(source))[0])
     return waves
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes a grid of one-shot conversions, grid_SOURCE_as_TARGET.wav, between at most four speakers of the
-    test set, which with --test were never heard in training. Returns, over test utterances: the L1 with the
-    utterance's own embedding, with that of another recording of its speaker, and with another speaker's, as
-    far as there are any; the KL in nats per element; how many of the D channels have more than 0.01 of it."""
-    pool, us, l1, kl = corpus.test, corpus.test.held, defaultdict(list), []
-    voices = {pool.speakers[s]: us[pool.speaker[us] == s] for s in dict.fromkeys(pool.speaker[us])}
-    for a, b in itertools.product([*voices][:4], repeat=2):
-        source, target = (pool.wave(u).to(cfg.device) for u in (voices[a][0], voices[b][-1]))
-        write_audio(
-            out / f"grid_{a}_as_{b}.wav",
-            convert(model, [source], [target], cfg)[0],
-            cfg.sample_rate,
-        )
-
-    def features(u):
-        return model.features(pool.wave(u)[None].to(cfg.device))
-
-    for u in us[:200]:
-        x, same = features(u), pool.speaker[us] == pool.speaker[u]
-        mu, log_var = model.content(x)
-        kl.append(kl_to_normal(mu, log_var).mean((0, 1)))  # (D,)
-        for name, vs in (
-            ("own", [u]),
-            ("same_speaker", us[same & (us != u)]),
-            ("another_speaker", us[~same]),
-        ):
-            if len(vs):  # u picks one, always the same
-                y = model.decode(mu, model.speaker(features(vs[u % len(vs)])), x.shape[1])
-                l1[name].append(F.l1_loss(y, x).item())
-    kl = torch.stack(kl).mean(0)
-    return {
-        "l1": {name: sum(values) / len(values) for name, values in l1.items()},
-        "kl": kl.mean().item(),
-        "active": int((kl > 0.01).sum()),
-    }
+    """Returns the two losses, averaged over at most 200 test utterances. (The reconstructions and
+    one-shot conversions to listen to are written by `write_examples`.)"""
+    total = torch.zeros(2)
+    utterances = corpus.test.held[:200]
+    for u in utterances:
+        wave = corpus.test.wave(u).to(cfg.device)
+        total += torch.stack(losses(model, model.features(wave[None]))).cpu()
+    l1, kl = (total / len(utterances)).tolist()
+    return {"l1": l1, "kl": kl}
 
 
 # ==================== shared: audio ====================
@@ -991,7 +1016,8 @@ def train(flags, given):
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
-        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        write_examples(model.eval(), corpus, cfg, out / "samples")
+        metrics = sample(model, corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
         print(json.dumps(metrics, indent=1))
@@ -999,6 +1025,28 @@ def train(flags, given):
     if WORLD_SIZE > 1:
         dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
+
+
+def write_examples(model, corpus, cfg, out):
+    """Writes the first 3 s of an utterance of four test speakers: as it is, reconstructed, and, if
+    the method converts, in the voice of the next speaker."""
+    test = corpus.test
+    _, first = np.unique(test.speaker[test.held], return_index=True)
+    utterances = test.held[first[:4]]
+    speakers = test.speaker[utterances]
+    sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
+
+    targets = sources[1:] + sources[:1]
+    if TARGET == "speaker":
+        targets = [(s + 1) % len(corpus.speakers) for s in speakers]
+
+    examples = {"source": sources}
+    examples["reconstruction"] = convert(model, sources, [None] * len(sources), cfg)
+    if TARGET:
+        examples["conversion"] = convert(model, sources, targets, cfg)
+    for kind, waves in examples.items():
+        for s, wave in zip(speakers, waves):
+            write_audio(out / f"{test.speakers[s][:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

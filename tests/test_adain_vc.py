@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Checks of the method in adain_vc.py: numbers worked out by hand, exact identities, and one short run."""
+"""Checks of adain_vc.py: golden values of the authors' networks, closed forms, and one short run."""
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,6 +87,150 @@ def tones(n, length=4000):
     return 0.1 * wave * (0.3 + (2 * math.pi * 6 * t).sin() ** 2) + 0.003 * torch.randn(n, length)
 
 
+# -------------------- golden values --------------------
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "adain_vc.json").read_text())
+
+
+def formula(k, shape, scale):
+    """Numbers in [-scale, scale] that are the same on every machine; `formula` in the file."""
+    P, A, B = 2147483647, 1103515245, 1812433253
+    i = torch.arange(math.prod(shape))
+    h = ((i * i % P) * A + ((i + 1) * (k + 1) % P) * B) % P
+    return (scale * (2 * h.double() / P - 1)).view(shape)
+
+
+EXACT = dict(rtol=1e-9, atol=0)
+
+
+def agrees(ours, expected):
+    """Sampled entries, mean and mean square of a tensor are the golden ones, to 1e-9 relative."""
+    assert list(ours.shape) == expected["shape"]
+    sampled = ours.flatten()[expected["index"]]
+    torch.testing.assert_close(
+        sampled, torch.tensor(expected["value"], dtype=torch.float64), **EXACT
+    )
+    for value, name in (ours.mean(), "mean"), (ours.square().mean(), "mean_square"):
+        assert value.item() == pytest.approx(expected[name], rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def authors():
+    """The model of full size in float64, with the weights of the golden file, and its input x."""
+    model = v.Model(v.Config(device="cpu"), 2).double()
+    for k, parameter in enumerate(model.parameters()):
+        _, shape, scale = GOLDEN["layers"][k]
+        parameter.data = formula(k, shape, scale).view(parameter.shape)
+    assert k + 1 == len(GOLDEN["layers"])
+    x = formula(1001, (2, 128, 512), 1.2) + formula(1002, (2, 1, 512), 1.2)
+    return model, x
+
+
+@pytest.mark.parametrize("T", [128, 37])
+def test_networks_against_the_authors(authors, T):
+    """Posterior, speaker embedding and conversion (each in the other's voice); D4: of the 40 frames
+    that the authors' decoder returns for 37, ours keeps 37."""
+    model, x = authors
+    x = x[:, :T]
+    with torch.no_grad():
+        mu, log_var = model.content(x)
+        e = model.speaker(x)
+        agrees(mu, GOLDEN["outputs"][f"T{T}_mu"])
+        agrees(log_var, GOLDEN["outputs"][f"T{T}_log_variance"])
+        agrees(e, GOLDEN["outputs"][f"T{T}_e"])
+        agrees(model.decode(mu, e.flip(0), T), GOLDEN["outputs"][f"T{T}_inference"])
+
+
+def test_training_against_the_authors(authors, monkeypatch):
+    """Three steps with the KL weight at 0.00005, 0.5 and 1: losses, gradients, clipping and Adam
+    with amsgrad and weight decay, in every network."""
+    model, x = authors
+    cfg = model.cfg
+    margin = 2  # frames that are cut off at each edge of a crop
+    monkeypatch.setattr(model, "features", lambda wave: F.pad(x.mT, (margin, margin)).mT)
+    monkeypatch.setattr(v, "get_batch", lambda *args: {"wave": None})
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    norms = []
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)))
+    optimizers = v.make_optimizers(model, cfg)
+    start = [p.detach().clone() for p in model.parameters()]
+    networks = {
+        "content encoder": model.content,
+        "speaker encoder": model.speaker,
+        "decoder": model.decoder,
+    }
+
+    for golden in GOLDEN["training"]["steps"]:
+        noise = formula(golden["noise_k"], (2, 16, 128), math.sqrt(3))
+        monkeypatch.setattr(torch, "randn_like", lambda mu: noise)
+        log = v.train_step(model, optimizers, None, golden["step"], cfg)
+        for name in ("loss", "l1", "kl"):
+            assert log[name].item() == pytest.approx(golden[name], rel=1e-9)
+        assert norms.pop().item() == pytest.approx(
+            golden["gradient_norm_before_clipping"], rel=1e-9
+        )
+
+        parameters = list(model.parameters())
+        for name, network in networks.items():
+            expected = golden["networks"][name]
+            own = list(network.parameters())
+            norm = torch.stack([p.grad.norm() for p in own]).norm().item()
+            assert norm == pytest.approx(expected["gradient_norm"], rel=1e-9)
+            moved = [
+                (p.detach() - old).flatten()
+                for p, old in zip(parameters, start)
+                if any(p is q for q in own)
+            ]
+            moved = torch.cat(moved)
+            assert moved.mean().item() == pytest.approx(expected["moved"]["mean"], rel=1e-9)
+            mean_square = moved.square().mean().item()
+            assert mean_square == pytest.approx(expected["moved"]["mean_square"], rel=1e-9)
+            for k, tensor in expected["tensors"].items():
+                p = parameters[int(k)]
+                for ours, name in (p.grad, "gradient"), (p.detach(), "weight"):
+                    sampled = ours.flatten()[tensor["index"]]
+                    value = torch.tensor(tensor[name], dtype=torch.float64)
+                    torch.testing.assert_close(sampled, value, **EXACT)
+
+
+def test_a_crop_does_not_see_its_edges(monkeypatch):
+    """The frames of a segment are those of the uncut utterance: pre-emphasis and padding touch only
+    the margin, which is cut off."""
+    model = tiny()
+    cfg = model.cfg
+    wave = 0.1 * torch.randn(1, 8000)
+    first = 10 * cfg.hop
+    asked = []
+
+    def batch(corpus, cfg, step):
+        asked.append(cfg.crop)
+        return {"wave": wave[:, first : first + cfg.crop]}
+
+    monkeypatch.setattr(v, "get_batch", batch)
+    x = v.segments(model, None, 0, cfg)
+    margin = (asked[0] - cfg.crop) // 2 // cfg.hop
+    assert x.shape == (1, cfg.crop // cfg.hop, cfg.n_mels) and margin > 0
+    whole = model.features(wave)[:, 10 + margin :]
+    close(x, whole[:, : x.shape[1]], 1e-5)
+
+
+def test_sample_is_the_loss_of_test_utterances(tmp_path, monkeypatch):
+    """The means of both losses over the held-out utterances of the TEST corpus, 200 at most."""
+    model, corpus = tiny(), corpus_of(tones(3))
+    corpus.test = corpus_of(tones(5, 800))
+    seen = []
+    monkeypatch.setattr(
+        v,
+        "losses",
+        lambda model, x: (seen.append(x), (torch.tensor(float(len(seen))), torch.tensor(2.0)))[1],
+    )
+    assert v.sample(model, corpus, model.cfg, tmp_path) == {"l1": 3.0, "kl": 2.0}
+    assert torch.equal(seen[4], model.features(corpus.test.wave(4)[None]))
+    corpus.test.held = np.zeros(201, int)
+    v.sample(model, corpus, model.cfg, tmp_path)
+    assert len(seen) == 5 + 200
+
+
 # -------------------- the pieces --------------------
 def test_parameters_of_the_paper():
     """9.13: the authors' final configuration, network by network."""
@@ -104,8 +250,8 @@ def test_parameters_of_the_paper():
         == sum(p.numel() for p in v.Model(v.Config(instance_norm=False), 2).parameters())
     )
     assert sum(isinstance(m, v.AdaIN) for m in model.modules()) == 12
-    assert [m.kernel_size[0] for m in model.content.bank] == list(range(1, 9))
-    assert [b[3].stride[0] for b in model.speaker.blocks] == [1, 2, 1, 2, 1, 2]
+    assert [m.kernel_size[0] for m in model.content.trunk.bank] == list(range(1, 9))
+    assert [b.stride for b in model.speaker.trunk.blocks] == [1, 2, 1, 2, 1, 2]
     assert [b.up for b in model.decoder.blocks] == [2, 1, 2, 1, 2, 1]
 
 
@@ -173,68 +319,14 @@ class Fixed(nn.Module):
 def test_pixel_shuffle():
     """9.11: channel 2 c + p of frame t becomes channel c of frame 2 t + p; the skip repeats every frame."""
     block = v.DecoderBlock(v.Config(channels=2), up=2)
-    block.first = block.adain_1 = block.adain_2 = Fixed()
-    block.second = Fixed(torch.arange(8.0).view(1, 4, 2))
+    block.conv_1 = block.adain_1 = block.adain_2 = Fixed()
+    block.conv_2 = Fixed(torch.arange(8.0).view(1, 4, 2))
     assert block(torch.zeros(1, 2, 2), None)[0].tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]]
-    block.second = Fixed(torch.zeros(1, 4, 2))
+    block.conv_2 = Fixed(torch.zeros(1, 4, 2))
     assert block(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), None)[0].tolist() == [
         [1, 1, 2, 2],
         [3, 3, 4, 4],
     ]
-
-
-def test_decoder_in_plain_functions():
-    """1x1, IN, ReLU, blocks, 1x1."""
-    net, z, e = tiny().decoder, torch.randn(2, 9, 6), torch.randn(2, 12)
-    h = F.relu(F.instance_norm(net.enter[0](z.mT)))
-    for block in net.blocks:
-        h = block(h, e)
-    close(net(z, e), net.leave(h).mT, 1e-5)
-
-
-def test_decoder_block_order():
-    """Section 3: conv, AdaIN, ReLU, conv, shuffle, AdaIN, ReLU, then the skip, in plain functions."""
-    block, h, e = (
-        v.DecoderBlock(v.Config(channels=3, d_speaker=4), up=2),
-        torch.randn(2, 3, 9),
-        torch.randn(2, 4),
-    )
-    shuffled = block.second(block.adain_1(block.first(h), e).clamp(min=0))
-    y = torch.zeros(2, 3, 18)
-    y[..., 0::2], y[..., 1::2] = shuffled[:, 0::2], shuffled[:, 1::2]
-    close(block(h, e), block.adain_2(y, e).clamp(min=0) + F.interpolate(h, scale_factor=2), 1e-5)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_trunk_in_plain_functions(norm):
-    """Section 3: bank of ReLU'd convolutions with the raw input beside them, 1x1, blocks whose skip is added after the
-    ReLU; with IN before every ReLU but the bank's, or nowhere."""
-    net, x = tiny(instance_norm=norm).content, torch.randn(2, 37, 20)
-
-    def tidy(y):
-        if norm:
-            y = (y - y.mean(-1, True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-        return y.relu()
-
-    h = torch.cat([*(F.relu(conv(x.mT)) for conv in net.bank), x.mT], 1)
-    h = tidy(net.mix[0](h))
-    for i, block in enumerate(net.blocks):
-        y = tidy(block[3](tidy(block[0](h))))
-        pairs = [h[..., t : t + 1 + i % 2].mean(-1) for t in range(0, h.shape[-1], 1 + i % 2)]
-        h = y + torch.stack(pairs, -1)
-    close(net.trunk(x), h, 1e-4)
-    mu, log_var = net(x)
-    close(mu, h.mT @ net.mu.weight[..., 0].T + net.mu.bias, 1e-4)
-    close(log_var, h.mT @ net.log_var.weight[..., 0].T + net.log_var.bias, 1e-4)
-
-
-def test_speaker_encoder_after_the_trunk():
-    """Section 3: the average over time, residual blocks that end in a ReLU, a linear layer, no normalisation."""
-    net, x = tiny().speaker, torch.randn(2, 37, 20)
-    h = net.trunk(x).mean(-1)
-    for block in net.dense:
-        h = h + F.relu(block[2](F.relu(block[0](h))))
-    close(net(x), net.project(h), 1e-5)
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -248,10 +340,10 @@ def test_the_switch_norms_the_content_encoder_alone(on):
     assert (count(model.content), count(model.speaker), count(model.decoder)) == (9 * on, 0, 1)
 
 
-# -------------------- what instance normalisation does to the whole --------------------
+# -------------------- what instance normalization does to the whole --------------------
 def still(net):
     """Bank and 1x1 without biases, so that the trunk is homogeneous up to the first norm."""
-    for conv in (*net.bank, net.mix[0]):
+    for conv in (*net.trunk.bank, net.trunk.mix[0]):
         nn.init.zeros_(conv.bias)
     return net
 
@@ -292,22 +384,22 @@ def test_decoder_hears_the_speaker_by_the_affines_alone():
 
 
 def test_biases_before_a_norm_are_dead():
-    """9.5: they get no gradient, except where two phases share one normalised channel (the doubling convolutions)."""
+    """9.5: they get no gradient, except where two phases share one normalized channel (the doubling convolutions)."""
     model, x = tiny().double(), torch.randn(2, 64, 20).double()
     mu, log_var = model.content(x)
     y = model.decode(mu + (log_var / 2).exp() * torch.randn_like(mu), model.speaker(x), 64)
     (y - x).abs().mean().backward()
     dead = [
-        model.content.mix[0],
+        model.content.trunk.mix[0],
         model.decoder.enter[0],
-        *(block.first for block in model.decoder.blocks),
+        *(block.conv_1 for block in model.decoder.blocks),
     ]
-    dead += [conv for block in model.content.blocks for conv in (block[0], block[3])]
-    dead += [block.second for block in model.decoder.blocks if block.up == 1]
+    dead += [block.layers[i] for block in model.content.trunk.blocks for i in (0, 3)]
+    dead += [block.conv_2 for block in model.decoder.blocks if block.up == 1]
     assert max(conv.bias.grad.abs().max() for conv in dead) < 1e-14
-    alive = [block.second for block in model.decoder.blocks if block.up == 2] + [
+    alive = [block.conv_2 for block in model.decoder.blocks if block.up == 2] + [
         model.decoder.leave,
-        *model.content.bank,
+        *model.content.trunk.bank,
     ]
     assert min(conv.bias.grad.abs().max() for conv in alive) > 1e-7
     assert all(p.grad.abs().max() > 0 for p in model.speaker.parameters())
@@ -339,7 +431,8 @@ def test_short_ones_are_repeated():
     """D4: fewer frames than reach the end are those frames again and again."""
     model, x = tiny(), torch.randn(1, 4, 20)
     assert torch.equal(model.speaker(x), model.speaker(x.repeat(1, 3, 1)[:, :9]))
-    assert model.content.min_frames == 9 and v.Model(v.Config(), 2).speaker.min_frames == 17
+    assert model.content.trunk.min_frames == 9
+    assert v.Model(v.Config(), 2).speaker.trunk.min_frames == 17
 
 
 @pytest.mark.parametrize("n", [201, 399, 801, 4001, 6000, 6079])
@@ -369,7 +462,7 @@ def test_decibels_against_numpy():
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1200) / 1200)
     frame = (
         np.pad(y, 1200)[1200 + 10 * 300 - 600 :][:1200] * window
-    )  # frame 10 is centred on sample 3000
+    )  # frame 10 is centered on sample 3000
     filters = v.mel_filters(24000, 2048, 512, torch.device("cpu")).double().numpy()
     mel = np.abs(np.fft.rfft(frame, 2048)) @ filters
     expected = np.clip((20 * np.log10(np.maximum(1e-5, mel)) - 20 + 100) / 100, 1e-8, 1)
@@ -418,7 +511,7 @@ def test_vocode_magnitude_by_hand(monkeypatch):
     close(y[:, :9], v.mel_to_magnitude(mel, model.cfg), 1e-4)
 
 
-def test_prepare_standardises_the_training_set():
+def test_prepare_standardizes_the_training_set():
     """Every band has mean 0 and deviation 1 over all frames of the training utterances; a silent one is left alone."""
     model, corpus = tiny(), corpus_of(tones(5))
     v.prepare(model, corpus, model.cfg)
@@ -491,43 +584,6 @@ def test_train_step_draws_anew_and_forgets_old_gradients(monkeypatch):
     assert steps == [7, 7] and torch.equal(*grads)
 
 
-def test_train_step_by_hand():
-    """10 L1 + w KL of one segment in both encoders, with z = mu + exp(log_var / 2) eps; one step of Adam with amsgrad on
-    the gradient clipped to 5 over all parameters."""
-    cfg = v.Config(**TINY | dict(l1=1000.0, kl_steps=4))  # l1: so that clipping has something to do
-    model, other, corpus = v.Model(cfg, 3), v.Model(cfg, 3), corpus_of(tones(6))
-    v.prepare(model, corpus, cfg)
-    other.load_state_dict(model.state_dict())
-    torch.manual_seed(5)
-    log = v.train_step(model, v.make_optimizers(model, cfg), corpus, 0, cfg)
-    torch.manual_seed(5)
-    x = other.features(v.get_batch(corpus, cfg, 0)["wave"])[:, :32]
-    mu, log_var = other.content(x)
-    y = other.decoder(mu + torch.randn_like(mu) * (log_var / 2).exp(), other.speaker(x))[:, :32]
-    l1, kl = (y - x).abs().mean(), (log_var.exp() + mu**2 - 1 - log_var).mean() / 2
-    (
-        close(log["l1"], l1, 1e-5),
-        close(log["kl"], kl, 1e-5),
-        close(log["loss"], 1000 * l1 + kl / 4, 1e-5),
-    )
-    (1000 * l1 + kl / 4).backward()
-    norm = torch.stack([p.grad.norm() for p in other.parameters()]).norm()
-    assert norm > 10
-    optimizer = torch.optim.Adam(
-        other.parameters(), 2e-3, betas=(0.9, 0.999), weight_decay=1e-4, amsgrad=True
-    )
-    for p in other.parameters():
-        p.grad.mul_(5 / norm)
-    optimizer.step()
-    for (name, a), b, before in zip(
-        model.named_parameters(), other.parameters(), other.parameters()
-    ):
-        close(a.grad, b.grad, 1e-4)
-        torch.testing.assert_close(
-            a[b.grad.abs() > 1e-4], b[b.grad.abs() > 1e-4], atol=1e-5, rtol=0, msg=name
-        )
-
-
 @pytest.mark.parametrize("level", [0.0, 3e-5])
 def test_a_silent_segment_gives_way(level):
     """D4: digital silence, or noise of the last bit, would leave nothing of the batch's gradient."""
@@ -556,8 +612,8 @@ def test_any_number_of_blocks(blocks):
     model, x = tiny(blocks=blocks, bank=9), torch.randn(1, 7, 20)
     z = model.content(x)[0]
     assert model.decoder(z, model.speaker(x)).shape[1] == z.shape[1] * 2 ** (blocks // 2) >= 7
-    assert [b.up for b in model.decoder.blocks] == [b[3].stride[0] for b in model.content.blocks][
-        ::-1
+    assert [b.up for b in model.decoder.blocks] == [
+        b.stride for b in reversed(model.content.trunk.blocks)
     ]
 
 
@@ -573,21 +629,6 @@ def test_defaults_are_the_authors():
         500_000,
         128,
     )
-
-
-def test_optimizer_is_the_authors():
-    defaults = v.make_optimizers(tiny(), v.Config())["autoencoder"].defaults
-    assert (defaults["lr"], defaults["betas"], defaults["amsgrad"], defaults["weight_decay"]) == (
-        5e-4,
-        (0.9, 0.999),
-        True,
-        1e-4,
-    )
-
-
-def test_weight_decay_is_in_the_gradient():
-    """Section 5: L2, which AdamW, a subclass, is not."""
-    assert type(v.make_optimizers(tiny(), v.Config())["autoencoder"]) is torch.optim.Adam
 
 
 def test_nothing_is_dropped_in_training():
@@ -661,70 +702,6 @@ def test_several_targets_are_averaged():
         (net.trunk(a).mean(-1) + net.trunk(b).mean(-1)) / 2,
     )
     assert differ(joined, mean) < 0.02 < differ(net.trunk(a).mean(-1), mean) * 5
-
-
-def test_sample_takes_the_right_utterances(tmp_path, monkeypatch):
-    """The grid is of four speakers of five, held ones of the TEST set: the first recording says it, in the voice of the
-    last. L1 and KL are of all of them; what others there are is drawn from all. Nothing is tracked."""
-    model, pool, grid = tiny(), corpus_of(tones(13), np.arange(13) % 5), {}
-    pool.held, pool.train, pool.speakers = np.arange(1, 13), None, list("edcba")
-    v.prepare(model, SimpleNamespace(train=range(13), wave=pool.wave), model.cfg)
-    monkeypatch.setattr(
-        v,
-        "write_audio",
-        lambda path, *rest: grid.update({path.name: (*rest, torch.is_grad_enabled())}),
-    )
-    metrics = v.sample(model, SimpleNamespace(test=pool), model.cfg, tmp_path)
-    assert set(grid) == {f"grid_{a}_as_{b}.wav" for a in "dcba" for b in "dcba"}  # e comes fifth
-    for name, s, t in ("d_as_c", 1, 12), ("a_as_d", 4, 11):
-        wave, rate, tracked = grid[f"grid_{name}.wav"]
-        assert torch.equal(wave, v.convert(model, [pool.wave(s)], [pool.wave(t)], model.cfg)[0])
-        assert rate == 8000 and not tracked
-    expected, kl = dict(own=0, same_speaker=0, another_speaker=0), 0
-    for u in range(1, 13):
-        x = model.features(pool.wave(u)[None])
-        kl += v.kl_to_normal(*model.content(x)).mean() / 12
-        for name, ok in (
-            ("own", lambda w: w == u),
-            ("same_speaker", lambda w: w != u and w % 5 == u % 5),
-            ("another_speaker", lambda w: w % 5 != u % 5),
-        ):
-            ws = [w for w in range(1, 13) if ok(w)]
-            e = model.speaker(model.features(pool.wave(ws[u % len(ws)])[None]))
-            expected[name] += (
-                model.decode(model.content(x)[0], e, x.shape[1]) - x
-            ).abs().mean().item() / 12
-    for name in expected:
-        close(metrics["l1"][name], expected[name], 1e-5)
-    close(metrics["kl"], kl, 1e-6)
-
-
-def test_active_channels_by_hand(tmp_path):
-    """KL of channel d is mu_d^2 / 2 where log_var is 0: three of six are above 0.01."""
-    model, corpus = tiny(), corpus_of(tones(1))
-    for p in (*model.content.mu.parameters(), *model.content.log_var.parameters()):
-        nn.init.zeros_(p)
-    kl = torch.tensor([0.02, 0.009, 0.011, 0, 0.5, 0.0099])
-    model.content.mu.bias.data, corpus.speakers = (2 * kl).sqrt(), ["a"]
-    metrics = v.sample(model, corpus, model.cfg, tmp_path)
-    assert metrics["active"] == 3
-    close(metrics["kl"], kl.mean(), 1e-6)
-
-
-def test_sample_of_one_speaker_with_one_recording(tmp_path):
-    """There is no other recording then, and no other speaker."""
-    model, corpus = tiny(), corpus_of(tones(1))
-    corpus.speakers = ["a"]
-    metrics = v.sample(model, corpus, model.cfg, tmp_path)
-    assert list(metrics["l1"]) == ["own"] and (tmp_path / "grid_a_as_a.wav").exists()
-
-
-def test_sample_measures_200_utterances_at_most(tmp_path, monkeypatch):
-    model, corpus, seen, kl = tiny(), corpus_of(tones(1, 400)), [], v.kl_to_normal
-    corpus.speakers, corpus.held = ["a"], np.zeros(201, int)
-    monkeypatch.setattr(v, "kl_to_normal", lambda *q: seen.append(q) or kl(*q))
-    v.sample(model, corpus, model.cfg, tmp_path)
-    assert len(seen) == 200
 
 
 # -------------------- on a GPU --------------------

@@ -124,8 +124,9 @@ def m(loaded, trained, monkeypatch):
 
 @pytest.fixture
 def quick(m, monkeypatch):
-    """The module with an empty `sample`, for tests that only train."""
+    """The module without examples and figures, for tests that only train."""
     monkeypatch.setattr(m, "sample", lambda model, corpus, cfg, out: {})
+    monkeypatch.setattr(m, "write_examples", lambda model, corpus, cfg, out: None)
     return m
 
 
@@ -175,7 +176,9 @@ def test_training_leaves_its_files(script, trained):
     saved = checkpoint(trained.run / "model.pt")
     assert (saved["script"], saved["step"], saved["speakers"]) == (script, 4, SPEAKERS)
     samples = list((trained.run / "samples").glob("*.wav"))
-    assert samples
+    kinds = {"source", "reconstruction"} | ({"conversion"} if script != "dim" else set())
+    for kind in kinds:
+        assert any(path.stem.endswith(kind) for path in samples), kind
     for path in samples:
         wave, rate = sf.read(path)
         assert rate == saved["config"]["sample_rate"]
