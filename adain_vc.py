@@ -9,11 +9,10 @@ Paper    Chou, Yeh, Lee. One-shot Voice Conversion by Separating Speaker and Con
 Idea     What stays constant over an utterance is mostly the speaker; what changes is the content.
          The content encoder uses instance normalization (IN): it sets the mean over time of every
          channel to 0 and the variance to 1, which removes much of the speaker. The speaker
-         encoder has no IN and averages over time, which removes the content. The decoder
-         normalizes as well, and gets the speaker back as the new mean and scale of its channels
-         (AdaIN). All three are trained as one VAE that reconstructs single segments. No labels
-         are used, so both speakers of a conversion may be unseen, and one recording of the target
-         is enough.
+         encoder has no IN and averages over time, which removes most of the content. The decoder
+         normalizes as well, and the speaker returns as the new mean and scale of its channels
+         (AdaIN). All three are trained as one VAE that reconstructs single segments. A speaker is
+         a recording, not a label, so both speakers of a conversion may be unseen.
 
 Model    wave (B, N) -> pre-emphasis, mel spectrogram in dB, standardized   x      (B, T, F)
          content encoder, with IN: q(z|x) = N(mu, sigma^2)                  z      (B, T/8, D)
@@ -22,22 +21,24 @@ Model    wave (B, N) -> pre-emphasis, mel spectrogram in dB, standardized   x   
          IN(h) = (h - mean(h)) / sqrt(var(h) + 1e-5), statistics over time, for each channel
          AdaIN(h, e) = IN(h) * scale(e) + shift(e)
 
-Loss     L = 10 |x - x_hat| + w KL(q(z|x) || N(0, 1)); w rises from 0 to 1 in 20,000 steps
+Loss     L = lambda_rec |x - x_hat| + lambda_kl ramp(step) KL(q(z|x) || N(0, 1))
+         lambda_rec is 10 and lambda_kl is 1. The ramp is linear, from 0 to 1 in 20,000 steps.
 
-Symbols  E_c(x)      model.content: mu, log_var   (B, T/8, D)     lambda_rec   cfg.l1
-         E_s(x)      model.speaker: e             (B, E)          lambda_kl    cfg.kl
-         D(z, e)     model.decoder: x_hat         (B, T, F)
-         B segments, N samples, T frames, F mel bands, C channels; D and E are the sizes of z and e
+Symbols  E_c(x)    model.content: mu, log_var (B, T/8, D)     lambda_rec   cfg.l1
+         E_s(x)    model.speaker: e (B, E)                    lambda_kl    cfg.kl
+         D(z, e)   model.decoder: x_hat (B, T, F)             ramp         cfg.kl_steps
+         B segments, N samples, T frames (T/8 is rounded up; with TOY it is T/4), F mel bands,
+         C channels; D and E are the sizes of z and e
 
 Differs from the paper
 D1  IN comes before the ReLU, as in the authors' final code. The paper normalizes after it.
 D2  The posterior variance is learned and the KL weight rises to 1. In the paper the variance is 1
-    and the KL weight is 0.01. The paper trains with a batch of 256; here it is 128.
-D3  There is no dropout, and scale(e) and shift(e) are linear. The paper uses a dropout of 0.5 on
-    all layers. The authors' earlier code passes e through an MLP first.
-D4  Every length is accepted and kept: a short spectrogram is repeated until it is long enough for
-    the encoder, and the output is cut to the length of the source. The authors trim silence, need
-    17 frames of the source and 9 of the target, and return a multiple of 8 frames.
+    and the KL weight is 0.01. The batch is 128, as in the authors' code; in the paper it is 256.
+D3  There is no dropout, and scale(e) and shift(e) are one linear layer. The paper uses a dropout
+    of 0.5 on all layers. The authors' earlier code passes e through an MLP first.
+D4  Every length is accepted and kept: a short spectrogram is repeated until the networks can take
+    it, and the output is cut to the length of the source. The authors trim silence, need 17 frames
+    of the source and 9 of the target, and return a multiple of 8 frames.
 D5  A silent training segment is replaced by another one of its batch. In silence each IN divides
     by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
 D6  The waveform comes from Griffin-Lim with momentum on the pseudo-inverse of the mel filters. The
@@ -46,15 +47,16 @@ D7  The mean and deviation of a band are those of utterances of all speakers, an
     at least 1 dB. Segments are cut anew in every step. The authors take the first 5,000 files by
     name, which are only a dozen speakers of VCTK, and draw 10 million segments in advance.
 Not specified in the paper
-U1  Over what the loss is averaged: here both terms are means over all elements, as in the code.
-U2  How several recordings of the target are used: here they are joined, so that the speaker
-    encoder averages over all of them.
+U1  Over what the loss is averaged: here both terms are means over all elements, as in the authors'
+    code.
+U2  How several recordings of the target are used: concatenate them to one wave before `convert`, so
+    that the speaker encoder averages over all of them.
 
 Usage    python adain_vc.py                               toy corpus, two minutes on two CPU cores
          python adain_vc.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
          python adain_vc.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
          The log shows `l1`, in standard deviations of a mel band, and `kl`, in nats per element of
-         z. The control of the paper's claim is --instance-norm false.
+         z. To test the paper's claim, train again with --instance-norm false.
 """
 
 import argparse
@@ -198,8 +200,8 @@ class EncoderBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What both encoders begin with: x (B, T, F) -> h (B, C, T/8). A bank of convolutions with
-    kernels of 1, 2 .. 8 frames, then residual blocks of which every second one halves T."""
+    """What both encoders begin with: x (B, T, F) -> h (B, C, T/8). A bank of parallel convolutions
+    with kernels of 1, 2 .. 8 frames, then residual blocks of which every second one halves T."""
 
     def __init__(self, cfg, instance_norm):
         super().__init__()
@@ -213,8 +215,8 @@ class Trunk(nn.Module):
         )
         self.blocks = nn.ModuleList(EncoderBlock(C, 1 + i % 2, Norm) for i in range(cfg.blocks))
 
-        # A kernel of 5 reflects 2 frames at each edge, so at least 3 must be left at the lowest
-        # rate. The bank's longest kernel needs more than half its own length.
+        # A kernel of 5 reflects 2 frames at each edge, so the decoder needs at least 3 at the
+        # lowest rate. The longest kernel of the bank needs more than half its own length.
         self.min_frames = max(2 ** (cfg.blocks // 2 + 1), cfg.bank // 2) + 1
 
     def forward(self, x):
@@ -245,7 +247,7 @@ class ContentEncoder(nn.Module):
 
 class SpeakerEncoder(nn.Module):
     """x (B, T, F) -> speaker embedding e (B, E). There is no normalization, because it would remove
-    the speaker. No loss acts on e but the reconstruction."""
+    the speaker. Only the reconstruction loss trains e."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -258,7 +260,7 @@ class SpeakerEncoder(nn.Module):
         self.project = nn.Linear(C, cfg.d_speaker)
 
     def forward(self, x):
-        h = self.trunk(x).mean(-1)  # (B, C): the mean over time drops the order of the sounds
+        h = self.trunk(x).mean(-1)  # (B, C): the mean over time
         for block in self.dense:
             h = h + block(h)
         return self.project(h)
@@ -299,8 +301,8 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, T/8, D), e (B, E) -> x_hat (B, T, F). The first IN hides from the decoder any constant
-    that is added to a channel of z, so the voice can only come from e."""
+    """z (B, T/8, D), e (B, E) -> x_hat (B, T, F). The first IN removes the mean of every channel,
+    so a constant that is added to z cannot carry the voice: it must come from e."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -333,18 +335,20 @@ class Model(nn.Module):
 
     def features(self, wave):
         """(B, N) -> x (B, T, F), T = 1 + N // hop: decibels, standardized per band."""
-        return (decibels(wave, self.cfg) - self.mean) / self.std
+        return (normalized_decibels(wave, self.cfg) - self.mean) / self.std
 
     def decode(self, z, e, frames):
-        """z (B, T/8, D), e (B, E) -> x_hat (B, frames, F), without what D4 and T/8 added."""
+        """z (B, T/8, D), e (B, E) -> x_hat (B, frames, F). The frames that repetition (D4) and
+        rounding up have added are cut off."""
         return self.decoder(z, e)[:, :frames]
 
     def vocode(self, x, samples):
-        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
-        (D6)."""
-        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
-        level = (x * self.std + self.mean).clamp(0, 1)
-        mel = 10 ** ((100 * level - 80) / 20)  # dB -> magnitude
+        """x (B, T, F) -> wave (B, samples): approximately inverts `features`, with phases from
+        Griffin-Lim (D6)."""
+        # T frames make hop * (T - 1) samples, so one more frame is needed.
+        x = torch.cat([x, x[:, -1:]], 1)
+        decibels = 100 * (x * self.std + self.mean).clamp(0, 1) - 80
+        mel = 10 ** (decibels / 20)  # magnitude
 
         # Undo the pre-emphasis in the spectrum: its gain is |1 - 0.97 exp(-i w)|.
         w = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
@@ -352,11 +356,11 @@ class Model(nn.Module):
         return griffin_lim(mel_to_magnitude(mel, self.cfg) / gain, self.cfg)[:, :samples]
 
 
-def decibels(wave, cfg):
+def normalized_decibels(wave, cfg):
     """(B, N) -> (B, T, F): mel magnitudes after pre-emphasis, with -80 dB .. 20 dB as 0 .. 1."""
     previous = F.pad(wave, (1, 0))[:, :-1]
-    level = 20 / math.log(10) * log_mel(wave - PRE_EMPHASIS * previous, cfg)
-    return ((level + 80) / 100).clamp(1e-8, 1)
+    decibels = 20 / math.log(10) * log_mel(wave - PRE_EMPHASIS * previous, cfg)
+    return ((decibels + 80) / 100).clamp(1e-8, 1)
 
 
 # ---------- loss and training step ----------
@@ -365,7 +369,7 @@ def prepare(model, corpus, cfg):
     """Sets mean and deviation of every mel band from at most 5,000 training utterances (D7)."""
     frames, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
-        x = decibels(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, F)
+        x = normalized_decibels(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()
         frames += len(x)
         total += x.sum(0)
         squares += x.square().sum(0)
@@ -386,13 +390,13 @@ def make_optimizers(model, cfg):
 
 def segments(model, corpus, step, cfg):
     """-> x (B, T, F): a segment of T = crop / hop frames from each utterance of the batch."""
-    # The crop has a margin, so that the window of no frame reaches beyond its edges.
+    # The crop has a margin, so that the window of every frame that is kept lies inside the crop.
     margin = ceil(cfg.win / 2 / cfg.hop)
     with_margin = replace(cfg, crop=cfg.crop + 2 * margin * cfg.hop)
     wave = get_batch(corpus, with_margin, step)["wave"]
     x = model.features(wave)[:, margin : margin + cfg.crop // cfg.hop]
 
-    # D5: silence is what varies by less than a tenth of a standard deviation.
+    # D5: a segment is silent if its deviation over time, averaged over the bands, is at most 0.1.
     audible = x.std(1).mean(1) > 0.1  # (B,)
     own = torch.arange(len(x), device=x.device)
     return x[torch.where(audible, own, audible.int().argmax())]
@@ -438,8 +442,8 @@ def represent(model, wave, cfg):
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
     """Waves (N,), each with a recording (N',) of its target speaker -> waves (N,) that say the same
-    in the voice of the target. None as a target reconstructs the source. Several recordings of a
-    target are joined to one (U2)."""
+    in the voice of the target. None as a target reconstructs the source. Concatenate several
+    recordings of a target to one (U2)."""
     waves = []
     for source, target in zip(sources, targets):
         x = model.features(source[None])
@@ -452,8 +456,8 @@ def convert(model, sources, targets, cfg):
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Returns the two losses, averaged over at most 200 test utterances. (The reconstructions and
-    one-shot conversions to listen to are written by `write_examples`.)"""
+    """Returns the two losses, averaged over at most 200 test utterances. `write_examples` writes
+    the reconstructions and one-shot conversions to listen to."""
     total = torch.zeros(2)
     utterances = corpus.test.held[:200]
     for u in utterances:
@@ -1011,8 +1015,6 @@ def train(flags, given):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
     print(f"    {millions:.1f} million parameters on {run['hardware']}")
-    if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
@@ -1035,18 +1037,19 @@ def write_examples(model, corpus, cfg, out):
     utterances = test.held[first[:4]]
     speakers = test.speaker[utterances]
     sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
-
-    targets = sources[1:] + sources[:1]
-    if TARGET == "speaker":
+    targets = []
+    if TARGET == "recording":
+        targets = sources[1:] + sources[:1]
+    elif TARGET == "speaker":
         targets = [(s + 1) % len(corpus.speakers) for s in speakers]
 
-    examples = {"source": sources}
-    examples["reconstruction"] = convert(model, sources, [None] * len(sources), cfg)
-    if TARGET:
-        examples["conversion"] = convert(model, sources, targets, cfg)
-    for kind, waves in examples.items():
-        for s, wave in zip(speakers, waves):
-            write_audio(out / f"{test.speakers[s][:60]}_{kind}.wav", wave, cfg.sample_rate)
+    # In one call, because the WaveNet takes hardly longer for eight waves than for one.
+    given = sources + sources[: len(targets)]
+    made = convert(model, given, [None] * len(sources) + targets, cfg)
+    for i, wave in enumerate(sources + made):
+        kind = ("source", "reconstruction", "conversion")[i // len(sources)]
+        speaker = test.speakers[speakers[i % len(sources)]]
+        write_audio(out / f"{speaker[:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

@@ -1,64 +1,62 @@
 # SPDX-License-Identifier: MIT
-"""Voice conversion to known voices: an adversary takes the speaker out of the latent, a GAN sharpens.
+"""Adversarial VC: voice conversion between known speakers with a latent adversary and a GAN.
 
-Chou, Yeh, Lee, Lee, "Multi-target Voice Conversion without Parallel Data by Adversarially Learning
-Disentangled Audio Representations", Interspeech 2018, arXiv:1804.02812.
+Paper    Chou, Yeh, Lee, Lee. Multi-target Voice Conversion without Parallel Data by Adversarially
+         Learning Disentangled Audio Representations. Interspeech 2018, arXiv:1804.02812.
+         Only the abstract and the demo page were available. Sizes, weights and schedule follow the
+         authors' code, and "differs" below means: from that code.
 
-The idea. Stage 1: an auto-encoder whose decoder is told the speaker, so the latent need not carry it. To make
-sure that it does not, a classifier learns to name the speaker of a latent, and the encoder is trained to make
-it err. To convert, tell the decoder another speaker. Its output is blurred, as always with an L1. Stage 2:
-encoder and decoder stay as they are, and a generator, given the same latent and speaker, adds a residual; a
-critic judges whether the sum is like real speech, and a second classifier whether it is the target speaker.
+Idea     Stage 1 is an autoencoder whose decoder is told the speaker, so the latent need not carry
+         it. To keep it out, classifier-1 learns to name the speaker of a latent, and the encoder
+         is trained to raise the error of classifier-1. To convert, the decoder is told another
+         speaker. Its output is blurred, because it minimizes an L1 error. Stage 2 freezes encoder
+         and decoder. A generator, built like the decoder, adds a residual. A critic judges how
+         real the sum is, and classifier-2 whether it is the target speaker.
 
-    wave (B, N) -> pre-emphasis -> linear magnitude in dB, -80 to 20 as 0 to 1: x (B, T, F)
-    x -> Enc: convolutions 1 to 7 wide, three halvings of T, GRU -> z (B, T', C), T' = ceil(T / 8)
-    z, y -> Dec: three doublings of T, GRU; y enters by five tables -> Dec(z, y) (B, T, F)
-    z -> classifier-1 -> logits of the speaker (B, S)
-    z, y' -> Gen: as Dec -> residual (B, T, F);  x' = Dec(z, y') + Gen(z, y'), y' random
-    x or x' -> critic: convolutions over T and F -> D, how real (B,), and classifier-2: logits (B, S)
+Model    wave (B, N) -> pre-emphasis, linear magnitude: -80 to 20 dB as 0 to 1   x    (B, T, F)
+         encoder, with instance normalization (IN), T' = ceil(T / 8)             z    (B, T', C)
+         decoder, with IN; the speaker y enters through five embedding tables    Dec  (B, T, F)
+         generator: a second decoder, whose output is a residual                 Gen  (B, T, F)
+         converted segment: x' = Dec(z, y') + Gen(z, y'), y' a random speaker    x'   (B, T, F)
+         classifier-1 on z: logits of the speaker                                     (B, S)
+         critic on x or x': D, how real it is (B,); classifier-2, a second head       (B, S)
 
-    phase  steps    updates a step, a batch each  minimises
-    0       8,000   1 of Enc and Dec              L_rec = |Dec(z, y) - x|, the mean over all elements
-    1      20,000   1 of classifier-1             CE_1(z, y), the cross-entropy
-    2      80,000   5 of classifier-1, then       CE_1(z, y)
-                    1 of Enc and Dec              L_rec - w CE_1(z, y), w from 0 to 0.01 in 50,000 steps
-    3      50,000   5 of critic and classifier-2  D(x') - D(x) + CE_2(x, y) + 10 mean (1 - |grad D(u)|)^2,
-                    1 of Gen                      -D(x') + CE_2(x', y')     u between x and x' at random
-    Phase 3 is stage 2. All are parts of `steps` and scale with --steps, also in a run that is resumed.
+Loss     Stage 1   8,000 steps   encoder and decoder       L_rec = |Dec(z, y) - x|
+                  20,000 steps   classifier-1              CE_1(z, y)
+                  80,000 steps   5 x classifier-1          CE_1(z, y)
+                                 1 x encoder and decoder   L_rec - w CE_1(z, y)
+         Stage 2  50,000 steps   5 x critic                D(x') - D(x) + CE_2(x, y) + 10 GP
+                                 1 x generator             -D(x') + CE_2(x', y')
+         GP is the mean of (1 - |grad D(u)|)^2, where u is a random point between x and x'. The
+         weight w rises from 0 to 0.01 in 50,000 steps. Every update draws a batch of its own.
 
-    symbol   here               shape         symbol        here                shape or value
-    Enc(x)   model.encoder: z   (B, T', C)    CE_1          model.classifier    logits (B, S)
-    Dec      model.decoder      (B, T, F)     D, CE_2       model.critic        (B,), logits (B, S)
-    Gen      model.generator    (B, T, F)     w, its end    weight, adversary   0 to 0.01
-    y, y'    speaker, aim       (B,)          10            cfg.penalty
-    B batch, T frames, F bins, C channels, S speakers
+Symbols  Dec, Gen   model.decoder, .generator            z      model.encoder(x)
+         D, CE_2    model.critic: value and logits       CE_1   model.classifier: logits
+         y, y'      speaker, target (B,)                 w      weight, at most cfg.adversary
+         CE is the cross-entropy in nats. B segments, N samples, T frames, F bins, C channels,
+         S speakers. The phases share cfg.steps in the ratio of the cfg.*_share.
 
-Differs from the paper. Its text we did not have: sizes, weights and schedule are those of the authors' code.
-D1  Every utterance is as likely, those of a batch differ, short ones are repeated, silence stays; segments
-    are cut anew in each step, from the waveform. The authors: 20 speakers of VCTK; first the speaker, then an
-    utterance, trimmed, over 128 frames; 500,000 segments, cut once; held out: the last tenth by name.
-D2  Latents are detached where the encoder does not learn, and the frozen encoder of stage 2 has no dropout.
-D3  A silent training segment is replaced: see `segments`.
-D4  Any length is converted and comes out as long: x is repeated to 9 frames, a long output cut. The heads fit
-    the training segment, 33 frames at least, and average over a longer one. The authors' fit 128 only.
-D5  Griffin-Lim with momentum, de-emphasis in the spectrum. The authors: 300 plain rounds,
-    a recursive filter, silence trimmed.
-D6  The last layers of generator and critic start at zero: stage 2 begins with what stage 1 made. With the
-    usual start the critic is steep and leads the generator astray (trial: mean penalty of 58 over 25 steps).
-The paper does not say, or not to us
-U1  Its batch: 32, as in the authors' configuration; their script takes 16.
+Differs from the paper
+D1  Every training utterance is equally likely, and segments are cut anew for every update. The
+    authors draw the speaker first, trim silence and cut 500,000 segments in advance.
+D2  Latents are detached where the encoder is not trained, and in stage 2 the frozen encoder has no
+    dropout. The authors leave its dropout on.
+D3  A silent training segment is replaced by another one of its batch. In silence each IN divides
+    by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
+D4  Every length is converted and kept. Classifier-1 and critic fit training segments of any one
+    length. The authors' fit 128 frames (classifier-1 takes 121 to 128, the critic 97 to 128).
+D5  The waveform comes from Griffin-Lim with momentum, and de-emphasis is done in the spectrum. The
+    authors use 300 plain iterations and a recursive filter, and trim silence.
+D6  The last layers of generator and critic start at zero, so stage 2 begins with the output of
+    stage 1. From the usual start the critic is steep and leads the generator astray.
+Not specified in the paper
+U1  The batch size is 32, as in the authors' configuration. Their script ignores it and uses 16.
 
-The log shows reconstruction_loss, L_rec, in units of 100 dB (toy corpus: 0.06); classifier_loss, CE_1 in nats
-(chance: ln S), and the accuracy of that classifier, which is no measure of what z knows; critic_distance,
-D(x) - D(x'); penalty, |grad D| being near 1 when it is small; classifier_2_loss of real and generator_loss of
-converted segments, both in nats. A step counts as one batch of audio; those of phases 2 and 3 draw several.
-In run.json metrics.fresh_classifier, a new classifier-1 of the final z, and the linear probe of `content`
-test the paper's claim, that --adversary 0 leaves more of the speaker in. Stage 2 should raise the variance
-over time of each frequency (metrics.variance) and bring it nearer to real speech (variance_error lower).
-
-    python adversarial_vc.py                            a toy corpus, two and a half minutes on two CPU cores
-    python adversarial_vc.py --data DIR                 any folder of audio, the authors' size, for a GPU
-    python adversarial_vc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
+Usage    python adversarial_vc.py                    toy corpus, two minutes on two CPU cores
+         python adversarial_vc.py --data DIR         any folder of audio, full size, for a GPU
+         python adversarial_vc.py convert --checkpoint RUN --source a.wav --target ANN --output b.wav
+         --adversary 0 is the control of the paper's claim. The logged classifier_loss (by chance
+         ln S) says little about z: the encoder has learned to mislead that one classifier.
 """
 
 import argparse
@@ -121,28 +119,24 @@ class Config:
     log_every: int = 100  # steps between log lines
     save_every: int = 5000  # steps between checkpoints
 
-    adversary: float = (
-        0.01  # weight of classifier-1's error in the encoder's objective; 0: the control
-    )
-    instance_norm: bool = True  # in the encoder; false: leaves more of the speaker to the adversary
-    ae_share: float = 8.0  # parts of the steps: auto-encoder alone
-    classifier_share: float = 20.0  # then, in the same parts: classifier-1 alone
-    joint_share: float = 80.0  # then both
-    gan_share: float = 50.0  # then stage 2; 0: none, and convert leaves the generator out
-    ramp: float = 50.0  # parts in which the adversary's weight rises from 0, once both learn
-    classifier_steps: int = 5  # of classifier-1 in each joint step
-    critic_steps: int = 5  # of the critic in each step of stage 2
-    channels: int = 512  # of the latent and the blocks
+    adversary: float = 0.01  # final weight w of classifier-1's error; 0: the control
+    instance_norm: bool = True  # in the encoder; false: leaves more to the adversary
+    ae_share: float = 8.0  # parts of the steps: encoder and decoder alone
+    classifier_share: float = 20.0  # parts: classifier-1 alone
+    joint_share: float = 80.0  # parts: both
+    gan_share: float = 50.0  # parts: stage 2; 0: none
+    ramp: float = 50.0  # parts in which w rises from 0, from the first joint step on
+    classifier_steps: int = 5  # updates of classifier-1 in a joint step
+    critic_steps: int = 5  # updates of the critic in a step of stage 2
+    channels: int = 512  # C, of the latent and the blocks
     bank: int = 7  # kernels 1, 2 .. of the convolutions side by side at the bottom
     bank_channels: int = 128  # channels of each of the bank's kernels
     critic_channels: int = 64  # of the critic's first layer
     dropout: float = 0.5  # in the encoder
     classifier_dropout: float = 0.3  # in classifier-1
-    penalty: float = 10.0  # weight of the gradient penalty
-    clip: float = 5.0  # largest norm of a network's gradient
-    generator_lr: float = (
-        1e-4  # learning rate of Adam for the generator; lr: for the other networks
-    )
+    penalty: float = 10.0  # weight of GP
+    clip: float = 5.0  # largest norm of the gradient of a network
+    generator_lr: float = 1e-4  # learning rate of the generator; lr is that of the others
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -156,17 +150,15 @@ class Config:
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if min(self.crop // self.hop, self.n_fft // 2 + 1) < 33:
             raise UserError("the critic needs 33 frames and bins; raise --crop or --n-fft")
-        if min(self.channels, 2 * self.critic_channels) < 4:
-            raise UserError("--channels must be 4 or more, --critic-channels 2 or more")
+        if self.channels % 4 or self.critic_channels % 2:
+            raise UserError("--channels must be a multiple of 4, --critic-channels of 2")
         if max(self.dropout, self.classifier_dropout) >= 1:
             raise UserError("--dropout and --classifier-dropout must be below 1")
-        if not self.ae_share + self.classifier_share + self.joint_share + self.gan_share:
-            raise UserError(
-                "--ae-share, --classifier-share, --joint-share, --gan-share are 0: raise one"
-            )
+        if not max(self.ae_share, self.classifier_share, self.joint_share, self.gan_share):
+            raise UserError("--ae-share and the other three shares are 0: raise one")
 
 
-# Narrower, at 8 kHz, less dropout, other rates and shares (which are steps): three minutes on two CPU cores.
+# The same model, narrower, at 8 kHz, for two CPU cores and two minutes; the shares are steps.
 TOY = dict(
     sample_rate=8000,
     n_fft=256,
@@ -192,179 +184,241 @@ TOY = dict(
     classifier_dropout=0.0,
     generator_lr=2e-4,
 )
+PHASES = ("autoencoder", "classifier", "joint", "stage 2")
 TARGET = "speaker"  # what convert takes: the index of a training speaker
+PRE_EMPHASIS = 0.97
+SCALES = (2, 2, 2, 1, 1)  # by which the encoder's blocks divide T and the decoder's multiply it
 
 
-# ==================== the model ====================
+# ---------- model ----------
 class Conv(nn.Conv1d):
-    """Over time, edges mirrored: T -> ceil(T / stride). An even kernel reaches one frame further back."""
+    """Convolution over time with reflected edges: (B, C_in, T) -> (B, C_out, ceil(T / stride)).
+    An even kernel sees one more frame of the past than of the future."""
 
     def forward(self, x):
-        k = self.kernel_size[0]
-        return super().forward(F.pad(x, (k // 2, (k - 1) // 2), mode="reflect"))
+        kernel = self.kernel_size[0]
+        return super().forward(F.pad(x, (kernel // 2, (kernel - 1) // 2), mode="reflect"))
 
 
-def pair(first, second, dropout, norm=True):
-    """Two convolutions and what follows them everywhere but in the decoder, (B, C, T) -> (B, C', T')."""
-    last = nn.InstanceNorm1d(second.out_channels) if norm else nn.Identity()
-    return nn.Sequential(first, nn.LeakyReLU(), second, nn.LeakyReLU(), last, nn.Dropout(dropout))
+class BiGRU(nn.GRU):
+    """h (B, T, C) -> (B, T, 2 * units), both directions of time. It runs in float32 also under
+    autocast, which on CUDA would choose float16, where its small gradients underflow."""
+
+    def __init__(self, channels, units):
+        super().__init__(channels, units, batch_first=True, bidirectional=True)
+
+    def forward(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.float())[0]
+
+
+def conv_block(convs, dropout, Norm=nn.InstanceNorm1d, Dropout=nn.Dropout):
+    """Convolutions, each followed by a LeakyReLU, then IN and dropout."""
+    layers = []
+    for conv in convs:
+        layers += [conv, nn.LeakyReLU()]
+    return nn.Sequential(*layers, Norm(conv.out_channels), Dropout(dropout))
+
+
+def apply_head(head, h):
+    """h (B, C, *map) -> (B, n) in float32. A head is a convolution as large as the map of a
+    training segment (D4)."""
+    size = tuple(h.shape[2:])
+    if size != head.kernel_size:
+        raise ValueError(
+            f"a map of {size} meets a head for {head.kernel_size}: the segment is not as long as "
+            "those of training, cfg.crop"
+        )
+    return head(h).flatten(1).float()
 
 
 class Encoder(nn.Module):
-    """x (B, T, F) -> z (B, T', C), T' = ceil(T / 8): a bank of convolutions of many widths, three blocks that
-    halve T, two dense ones, a GRU in both directions. InstanceNorm by itself removes much of the speaker."""
+    """x (B, T, F) -> z (B, T', C), T' = ceil(T / 8). A bank of convolutions with kernels of 1, 2 ..
+    7 frames, three blocks that halve T, two dense blocks and a GRU. IN alone removes much of the
+    speaker; the adversary works on what is left."""
 
     def __init__(self, cfg):
         super().__init__()
-        c, bins, options = cfg.channels, cfg.n_fft // 2 + 1, (cfg.dropout, cfg.instance_norm)
-        self.bank = nn.ModuleList(Conv(bins, cfg.bank_channels, k + 1) for k in range(cfg.bank))
-        self.mix = pair(
-            nn.Identity(), nn.Conv1d(cfg.bank * cfg.bank_channels + bins, c, 1), *options
+        C = cfg.channels
+        bins = cfg.n_fft // 2 + 1
+        Norm = nn.InstanceNorm1d if cfg.instance_norm else nn.Identity
+        self.bank = nn.ModuleList(
+            Conv(bins, cfg.bank_channels, kernel) for kernel in range(1, cfg.bank + 1)
         )
-        self.down = nn.ModuleList(
-            pair(Conv(c, c, 5), Conv(c, c, 5, stride=2), *options) for _ in range(3)
-        )
-        self.dense = nn.ModuleList(
-            pair(nn.Conv1d(c, c, 1), nn.Conv1d(c, c, 1), *options) for _ in range(2)
-        )
-        self.gru = nn.GRU(c, c // 4, batch_first=True, bidirectional=True)
-        self.leave = nn.Linear(c + c // 4 * 2, c)
+        mix = nn.Conv1d(cfg.bank * cfg.bank_channels + bins, C, 1)
+        self.mix = conv_block([mix], cfg.dropout, Norm)
+        self.blocks = nn.ModuleList()
+        for scale in SCALES:
+            kernel = 5 if scale == 2 else 1
+            convs = [Conv(C, C, kernel), Conv(C, C, kernel, stride=scale)]
+            self.blocks.append(conv_block(convs, cfg.dropout, Norm))
+        self.gru = BiGRU(C, C // 4)
+        self.leave = nn.Linear(C + C // 2, C)
 
     def forward(self, x):
-        T = max(
-            x.shape[1], 9, len(self.bank) // 2 + 1
-        )  # D4: of 9 frames 3 are left for the last halving
-        x = x[:, torch.arange(T, device=x.device) % x.shape[1]].mT.contiguous()  # (B, F, T)
-        h = self.mix(torch.cat([*(conv(x) for conv in self.bank), x], 1))
-        for block in self.down:
-            h = block(h) + F.avg_pool1d(F.pad(h, (0, h.shape[2] % 2), mode="reflect"), 2)
-        for block in self.dense:
-            h = h + block(h)
+        # D4: halving needs 9 frames, because edges are reflected. The longest kernel of the bank
+        # needs more than half its own length.
+        while x.shape[1] < max(9, len(self.bank)):
+            x = torch.cat([x, x], 1)
+        x = x.mT  # (B, F, T)
+
+        bank = [conv(x) for conv in self.bank]
+        h = self.mix(F.leaky_relu(torch.cat([*bank, x], 1)))  # (B, C, T)
+        for block, scale in zip(self.blocks, SCALES):
+            whole = F.pad(h, (0, -h.shape[2] % scale), mode="reflect")
+            h = block(h) + F.avg_pool1d(whole, scale)
+
         h = h.mT  # (B, T', C)
-        return F.leaky_relu(self.leave(torch.cat([h, self.gru(h)[0]], 2)))
+        return F.leaky_relu(self.leave(torch.cat([h, self.gru(h)], 2)))
+
+
+class DecoderBlock(nn.Module):
+    """h (B, C, T), e (B, C, 1) -> (B, C, scale * T). The speaker's vector e is added before each
+    convolution, and the skip connection goes round it."""
+
+    def __init__(self, C, scale):
+        super().__init__()
+        kernel = 3 if scale == 2 else 1
+        self.scale = scale
+        self.conv_1 = Conv(C, C * scale, kernel)
+        self.conv_2 = Conv(C, C, kernel)
+
+    def forward(self, h, e):
+        y = F.leaky_relu(self.conv_1(h + e))  # (B, C * scale, T)
+        y = y.unflatten(1, (-1, self.scale)).mT.flatten(2)  # pixel shuffle: (B, C, scale * T)
+        y = F.leaky_relu(self.conv_2(y + e))
+        return F.instance_norm(y) + h.repeat_interleave(self.scale, 2)
 
 
 class Decoder(nn.Module):
-    """z (B, T', C), speaker (B,) -> (B, 8 T', F). Five tables of speaker vectors: one for each block that
-    doubles T, one for the two dense blocks, one for the GRU. The generator of stage 2 is another of these."""
+    """z (B, T', C), speaker (B,) -> (B, 8 T', F): the decoder of stage 1 and the generator of stage
+    2. Of the five tables of speaker vectors three belong to the blocks that double T, one to the
+    two dense blocks and one to the GRU."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        c, bins = cfg.channels, cfg.n_fft // 2 + 1
-        self.speaker = nn.ModuleList(nn.Embedding(n_speakers, c) for _ in range(5))
-        self.up = nn.ModuleList(nn.ModuleList([Conv(c, 2 * c, 3), Conv(c, c, 3)]) for _ in range(3))
-        self.dense = nn.ModuleList(
-            nn.ModuleList(nn.Conv1d(c, c, 1) for _ in range(2)) for _ in range(2)
-        )
-        self.gru = nn.GRU(c, c // 2, batch_first=True, bidirectional=True)
+        C = cfg.channels
+        self.speaker = nn.ModuleList(nn.Embedding(n_speakers, C) for _ in range(5))
+        self.blocks = nn.ModuleList(DecoderBlock(C, scale) for scale in SCALES)
+        self.gru = BiGRU(C, C // 2)
         self.leave = nn.Sequential(
-            nn.Linear(2 * c + c // 2 * 2, c), nn.LeakyReLU(), nn.Linear(c, bins)
+            nn.Linear(3 * C, C), nn.LeakyReLU(), nn.Linear(C, cfg.n_fft // 2 + 1)
         )
 
     def forward(self, z, speaker):
-        h, e = (
-            z.mT,
-            [table(speaker)[..., None] for table in self.speaker],
-        )  # (B, C, T'), five of (B, C, 1)
-        for (first, second), e_i in zip(self.up, e):
-            y = F.leaky_relu(first(h + e_i))  # (B, 2 C, T)
-            y = y.unflatten(1, (-1, 2)).mT.flatten(2)  # pixel shuffle: (B, C, 2 T)
-            h = F.instance_norm(F.leaky_relu(second(y + e_i))) + h.repeat_interleave(2, 2)
-        for first, second in self.dense:
-            y = F.leaky_relu(second(F.leaky_relu(first(h + e[3])) + e[3]))
-            h = F.instance_norm(y) + h
-        recurrent, e_5 = self.gru((h + e[4]).mT)[0], e[4].mT.expand(-1, h.shape[2], -1)
-        return self.leave(torch.cat([h.mT, recurrent, e_5], 2))
+        e = [table(speaker)[..., None] for table in self.speaker]  # (B, C, 1) each
+        h = z.mT
+        for block, e_block in zip(self.blocks, [*e[:4], e[3]]):
+            h = block(h, e_block)
+
+        recurrent = self.gru((h + e[4]).mT)  # (B, 8 T', C)
+        e_frames = e[4].mT.expand(-1, h.shape[2], -1)
+        return self.leave(torch.cat([h.mT, recurrent, e_frames], 2)).float()
 
 
 class Classifier(nn.Module):
-    """Classifier-1: z (B, T', C) -> logits of the speaker (B, S). The last kernel is as long as the latent of
-    a training segment; a longer latent gives several positions, which are averaged (D4)."""
+    """Classifier-1, the adversary: z (B, T', C) -> logits of the speaker (B, S). Its last kernel is
+    as long as the latent of a training segment (D4)."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        c, dropout = cfg.channels, cfg.classifier_dropout
-        self.blocks = nn.ModuleList(pair(Conv(c, c, 5), Conv(c, c, 5), dropout) for _ in range(3))
-        self.narrow = pair(Conv(c, c // 2, 3), Conv(c // 2, c // 4, 3), dropout)
-        self.head = nn.Conv1d(c // 4, n_speakers, -(-(cfg.crop // cfg.hop) // 8))
+        C = cfg.channels
+        self.blocks = nn.ModuleList(
+            conv_block([Conv(C, C, 5), Conv(C, C, 5)], cfg.classifier_dropout) for _ in range(3)
+        )
+        narrow = [Conv(C, C // 2, 3), Conv(C // 2, C // 4, 3)]
+        self.narrow = conv_block(narrow, cfg.classifier_dropout)
+        self.head = nn.Conv1d(C // 4, n_speakers, ceil(cfg.crop // cfg.hop / 8))
 
     def forward(self, z):
-        h = self.blocks[0](z.mT)
-        for block in self.blocks[1:]:
+        first, *others = self.blocks
+        h = first(z.mT)
+        for block in others:
             h = h + block(h)
-        return self.head(self.narrow(h)).mean(2)
+        return apply_head(self.head, self.narrow(h))
 
 
 class Critic(nn.Module):
-    """x (B, T, F) -> how real (B,), and classifier-2's logits of the speaker (B, S): convolutions over time
-    and frequency with two heads, whose kernels are as large as the map of a training segment (D4)."""
+    """x (B, T, F) -> D, how real x is (B,), and classifier-2's logits of the speaker (B, S). The
+    kernels of both heads cover the whole map of a training segment (D4)."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        c, T, bins = cfg.critic_channels, cfg.crop // cfg.hop, cfg.n_fft // 2 + 1
-        after, layers = lambda n: (nn.LeakyReLU(), nn.InstanceNorm2d(n), nn.Dropout2d(0.1)), []
-        for a, b in itertools.pairwise((1, c, 2 * c, 4 * c, 8 * c, 8 * c)):
-            layers += [nn.Conv2d(a, b, 5, 2, 2, padding_mode="reflect"), *after(b)]
-        self.trunk = nn.Sequential(*layers, nn.Conv2d(8 * c, c // 2, 1), *after(c // 2))
-        shape = -(-bins // 32), -(-T // 32)
-        self.value, self.classifier = (
-            nn.Conv2d(c // 2, 1, shape),
-            nn.Conv2d(c // 2, n_speakers, shape),
+        c = cfg.critic_channels
+        widths = (1, c, 2 * c, 4 * c, 8 * c, 8 * c)
+        convs = [
+            nn.Conv2d(before, after, 5, stride=2, padding=2, padding_mode="reflect")
+            for before, after in itertools.pairwise(widths)
+        ]
+        convs.append(nn.Conv2d(8 * c, c // 2, 1))
+        self.trunk = nn.Sequential(
+            *[conv_block([conv], 0.1, nn.InstanceNorm2d, nn.Dropout2d) for conv in convs]
         )
+        shape = (cfg.n_fft // 64 + 1, ceil(cfg.crop // cfg.hop / 32))  # F / 32, T / 32, rounded up
+        self.value = nn.Conv2d(c // 2, 1, shape)
+        self.classifier = nn.Conv2d(c // 2, n_speakers, shape)
 
     def forward(self, x):
-        h = self.trunk(x.mT[:, None])  # (B, C, F / 32, T / 32)
-        return self.value(h).mean((1, 2, 3)), self.classifier(h).mean((2, 3))
+        h = self.trunk(x.mT[:, None])  # (B, c / 2, F / 32, T / 32)
+        return apply_head(self.value, h)[:, 0], apply_head(self.classifier, h)
 
 
 class Model(nn.Module):
-    """The five networks. Stage 1 trains encoder, decoder and classifier, stage 2 generator and critic."""
+    """The five networks. Stage 1 trains encoder, decoder and classifier, stage 2 generator and
+    critic."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        self.cfg, self.n_speakers = cfg, n_speakers
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg, n_speakers)
-        self.classifier, self.critic = Classifier(cfg, n_speakers), Critic(cfg, n_speakers)
+        self.cfg = cfg
+        self.n_speakers = n_speakers
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg, n_speakers)
+        self.classifier = Classifier(cfg, n_speakers)
+        self.critic = Critic(cfg, n_speakers)
         self.generator = Decoder(cfg, n_speakers)
-        for last in self.generator.leave[2], self.critic.value, self.critic.classifier:  # D6
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for last in (self.generator.leave[-1], self.critic.value, self.critic.classifier):  # D6
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def features(self, wave):
-        """(B, N) -> x (B, T, F), T = 1 + N // hop, on a scale that is fixed."""
-        return decibels(wave, self.cfg)
+        """(B, N) -> x (B, T, F), T = 1 + N // hop: magnitudes after pre-emphasis, with -80 dB ..
+        20 dB as 0 .. 1."""
+        wave = wave - PRE_EMPHASIS * F.pad(wave, (1, 0))[:, :-1]
+        level = 20 * stft(wave, self.cfg).abs().clamp(min=1e-5).log10()
+        return ((level + 80) / 100).clamp(1e-8, 1)
 
     def decode(self, z, speaker, frames, stage):
-        """z (B, T', C), speaker (B,) -> x^ (B, frames, F), the rest cut (D4): Dec, in stage 2 Dec + Gen."""
-        x = self.decoder(z, speaker).float()
-        return (x + self.generator(z, speaker) if stage == 2 else x)[:, :frames]
+        """z (B, T', C), speaker (B,) -> (B, frames, F) without what D4 and T' added: Dec in stage
+        1, Dec + Gen in stage 2, where Dec is frozen and gets no gradient."""
+        if stage == 1:
+            return self.decoder(z, speaker)[:, :frames]
+        with torch.no_grad():
+            x = self.decoder(z, speaker)
+        return (x + self.generator(z, speaker))[:, :frames]
 
     def vocode(self, x, samples):
-        """(B, T, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
-        angle = torch.linspace(0, math.pi, self.cfg.n_fft // 2 + 1, device=x.device)
-        emphasis = (1 - torch.polar(torch.full_like(angle, 0.97), -angle)).abs()
-        return griffin_lim(10 ** (5 * x.clamp(0, 1) - 4) / emphasis, self.cfg)[:, :samples]
+        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
+        (D5)."""
+        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
+        magnitude = 10 ** ((100 * x.clamp(0, 1) - 80) / 20)
+
+        # Undo the pre-emphasis in the spectrum, where it is the gain of a filter of two taps.
+        taps = torch.tensor([1, -PRE_EMPHASIS], device=x.device)
+        gain = torch.fft.rfft(taps, self.cfg.n_fft).abs()  # (F,)
+        return griffin_lim(magnitude / gain, self.cfg)[:, :samples]
 
 
-def decibels(wave, cfg):
-    """(B, N) -> (B, T, F): linear magnitude after a pre-emphasis of 0.97, -80 dB to 20 dB as 0 to 1."""
-    wave = wave - 0.97 * F.pad(wave, (1, 0))[:, :-1]
-    return ((20 * stft(wave, cfg).abs().clamp(min=1e-5).log10() + 80) / 100).clamp(1e-8, 1)
-
-
-# ==================== the objective ====================
+# ---------- loss and training step ----------
 def prepare(model, corpus, cfg):
-    """Nothing to measure: the scale of the features is fixed."""
+    """There is nothing to measure: the scale of the features is fixed."""
 
 
 def make_optimizers(model, cfg):
-    """Four: each step below moves the networks of one and leaves the others as they are."""
+    """One Adam for encoder and decoder together, and one for each of the other networks."""
 
-    def adam(*nets, lr=cfg.lr):
-        return torch.optim.Adam(
-            [p for net in nets for p in net.parameters()], lr, betas=(0.5, 0.9), fused=True
-        )
+    def adam(*networks, lr=cfg.lr):
+        parameters = nn.ModuleList(networks).parameters()
+        return torch.optim.Adam(parameters, lr, betas=(0.5, 0.9), fused=True)
 
     return {
         "autoencoder": adam(model.encoder, model.decoder),
@@ -374,85 +428,111 @@ def make_optimizers(model, cfg):
     }
 
 
-def update(loss, optimizer, cfg, *nets):
-    """A step of these networks on `loss`. No other gets a gradient: the speaker's error passes through
-    classifier-1, and the critic's judgement through the critic, without being added up for their weights."""
+def update(loss, optimizer, cfg, *networks):
+    """One step of `networks` on `loss`; the gradient of each is clipped by itself. No other network
+    gets a gradient, though the error of classifier-1 passes through it on its way to the encoder,
+    and the judgment of the critic on its way to the generator."""
     optimizer.zero_grad()
-    loss.backward(inputs=[p for net in nets for p in net.parameters()])
-    for net in nets:
-        nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+    loss.backward(inputs=[*nn.ModuleList(networks).parameters()])
+    for network in networks:
+        nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
     optimizer.step()
 
 
 def schedule(step, cfg):
-    """-> the phase that `step` is in, 0 to 3, and the adversary's weight: in phase 2 it rises from 0."""
-    shares = cfg.ae_share, cfg.classifier_share, cfg.joint_share, cfg.gan_share
-    ends = [round(end * cfg.steps / sum(shares)) for end in itertools.accumulate(shares)]
-    phase, ramp = sum(step >= end for end in ends), cfg.ramp * cfg.steps / sum(shares)
-    return phase, cfg.adversary * min(1, (step - ends[1]) / max(ramp, 1)) if phase == 2 else 0.0
+    """-> the phase of `step`, and the weight w of classifier-1's error, which rises from 0 from the
+    first joint step on."""
+    shares = (cfg.ae_share, cfg.classifier_share, cfg.joint_share, cfg.gan_share)
+    steps_per_part = cfg.steps / sum(shares)
+    ends = np.rint(np.cumsum(shares) * steps_per_part)
+    phase = PHASES[np.searchsorted(ends, step, side="right")]
+    rise = np.clip((step - ends[1]) / max(1, cfg.ramp * steps_per_part), 0, 1)
+    return phase, cfg.adversary * float(rise)
 
 
-def segments(model, corpus, cfg, step, draw=0, utterances=None):
-    """-> x (B, T, F) of random segments, speaker (B,). U1: B is 32. D1: of utterances drawn alike."""
-    batch = get_batch(corpus, cfg, step, draw, utterances)
-    x, speaker = model.features(batch["wave"])[:, : cfg.crop // cfg.hop], batch["speaker"]
-    # D3: in silence deviations are 0, each InstanceNorm multiplies the gradient by 1e-5 ** -0.5, and clipping
-    # leaves nothing of the rest of the batch. So another segment takes the place of a silent one.
-    heard = x.std(1).mean(1) > 0.01  # (B,), 1 dB
-    keep = torch.where(heard, torch.arange(len(x), device=x.device), heard.int().argmax())
-    return x[keep], speaker[keep]
+def segments(model, corpus, cfg, step, draw, utterances=None):
+    """-> x (B, T, F), speaker (B,): a segment of T = crop / hop frames from each utterance of a
+    batch of 32 (U1), all utterances being equally likely (D1)."""
+    # The crop has a margin, so that the window of no frame reaches beyond its edges.
+    margin = ceil(cfg.win / 2 / cfg.hop)
+    with_margin = replace(cfg, crop=cfg.crop + 2 * margin * cfg.hop)
+    batch = get_batch(corpus, with_margin, step, draw, utterances)
+    x = model.features(batch["wave"])[:, margin : margin + cfg.crop // cfg.hop]
+
+    # D3: silence is what varies by less than 1 dB.
+    audible = x.std(1).mean(1) > 0.01  # (B,)
+    own = torch.arange(len(x), device=x.device)
+    chosen = torch.where(audible, own, audible.int().argmax())
+    return x[chosen], batch["speaker"][chosen]
 
 
 def classifier_step(model, optimizers, x, speaker, cfg):
-    """Classifier-1 learns to name the speaker of a latent; the encoder is not asked (D2)."""
-    with torch.no_grad():
+    """Stage 1: classifier-1 learns to name the speaker of a latent. The encoder does not move."""
+    with torch.no_grad():  # D2
         z = model.encoder(x)
-    logits = model.classifier(z).float()
-    loss = F.cross_entropy(logits, speaker)
+    loss = F.cross_entropy(model.classifier(z), speaker)
     update(loss, optimizers["classifier"], cfg, model.classifier)
-    accuracy = (logits.argmax(1) == speaker).float().mean()
-    return {"classifier_loss": loss.detach(), "classifier_accuracy": accuracy}
+    return {"classifier_loss": loss.detach()}
 
 
 def autoencoder_step(model, optimizers, x, speaker, weight, cfg):
-    """L_rec - weight * CE: encoder and decoder learn to rebuild x from z and its TRUE speaker, the encoder
-    also to make classifier-1 err. The cheapest place for the speaker is then the decoder's tables."""
+    """Stage 1: encoder and decoder learn to rebuild x from z and its true speaker, the encoder also
+    to make classifier-1 err."""
     z = model.encoder(x)
-    rec = F.l1_loss(model.decode(z, speaker, x.shape[1], stage=1), x)
-    loss = rec - weight * F.cross_entropy(model.classifier(z).float(), speaker) if weight else rec
+    reconstruction = F.l1_loss(model.decode(z, speaker, x.shape[1], stage=1), x)
+    loss = reconstruction
+    if weight:
+        loss = loss - weight * F.cross_entropy(model.classifier(z), speaker)
     update(loss, optimizers["autoencoder"], cfg, model.encoder, model.decoder)
-    return {"reconstruction_loss": rec.detach()}
+    return {"reconstruction_loss": reconstruction.detach()}
 
 
 def converted(model, x):
-    """x (B, T, F) -> x' (B, T, F) and random speakers y' (B,), the true ones among them."""
-    aim = torch.randint(model.n_speakers, (len(x),), device=x.device)
+    """x (B, T, F) -> x' (B, T, F), its targets y' (B,): random speakers, their own among them."""
+    target = torch.randint(model.n_speakers, (len(x),), device=x.device)
     with torch.no_grad():
         z = model.encoder(x)
-    return model.decode(z, aim, x.shape[1], stage=2), aim
+    return model.decode(z, target, x.shape[1], stage=2), target
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Switches off autocast and TF32, whose 10 bits of mantissa are too few for the gradient of a
+    gradient."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32
+    cuda.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32 = before
 
 
 def gradient_penalty(critic, real, fake):
-    """Mean of (1 - |gradient of the critic|)^2 at a random point between each real and fake segment, both
-    (B, T, F). In float32, for bfloat16 spoils a gradient's gradient."""
-    with torch.autocast(real.device.type, enabled=False):
-        mix = torch.rand(len(real), 1, 1, device=real.device)
-        u = (mix * real + (1 - mix) * fake).float().requires_grad_()  # (B, T, F)
-        (gradient,) = torch.autograd.grad(critic(u)[0].sum(), u, create_graph=True)
-        return (1 - (gradient.square().sum((1, 2)) + 1e-12).sqrt()).square().mean()
+    """GP: the mean of (1 - |grad D(u)|)^2, where u is a random point between a real and a fake
+    segment (B, T, F). Both it and backward of it belong in `full_float32`."""
+    mix = torch.rand(len(real), 1, 1, device=real.device)
+    u = fake.lerp(real, mix).requires_grad_()  # (B, T, F)
+    value, _ = critic(u)
+    (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=True)
+    return (1 - gradient.flatten(1).norm(dim=1)).square().mean()
 
 
 def critic_step(model, optimizers, x, speaker, cfg):
-    """The critic learns to tell real segments from converted ones, classifier-2 the speaker of real ones."""
+    """Stage 2: the critic learns to tell real segments from converted ones, classifier-2 to name
+    the speaker of real ones."""
     with torch.no_grad():
-        fake = converted(model, x)[0]
-    (real_value, logits), fake_value = model.critic(x), model.critic(fake)[0]
-    distance = real_value.float().mean() - fake_value.float().mean()
-    error, penalty = (
-        F.cross_entropy(logits.float(), speaker),
-        gradient_penalty(model.critic, x, fake),
-    )
-    update(error - distance + cfg.penalty * penalty, optimizers["critic"], cfg, model.critic)
+        fake, _ = converted(model, x)
+    real_value, logits = model.critic(x)
+    fake_value, _ = model.critic(fake)
+    distance = real_value.mean() - fake_value.mean()
+    error = F.cross_entropy(logits, speaker)
+
+    with full_float32(x.device.type):
+        penalty = gradient_penalty(model.critic, x, fake)
+        # Backward too: that of the penalty consists of further convolutions.
+        update(error - distance + cfg.penalty * penalty, optimizers["critic"], cfg, model.critic)
     return {
         "critic_distance": distance.detach(),
         "penalty": penalty.detach(),
@@ -461,134 +541,77 @@ def critic_step(model, optimizers, x, speaker, cfg):
 
 
 def generator_step(model, optimizers, x, cfg):
-    """The generator learns a residual that the critic takes for real and classifier-2 for the target speaker.
-    Nothing else keeps what was said: it is what the decoder's output has already."""
-    fake, aim = converted(model, x)
+    """Stage 2: the generator learns a residual with which the critic takes the sum for real and
+    classifier-2 for the target speaker. Only the frozen decoder keeps what was said."""
+    fake, target = converted(model, x)
     value, logits = model.critic(fake)
-    error = F.cross_entropy(logits.float(), aim)
-    update(error - value.float().mean(), optimizers["generator"], cfg, model.generator)
+    error = F.cross_entropy(logits, target)
+    update(error - value.mean(), optimizers["generator"], cfg, model.generator)
     return {"generator_loss": error.detach()}
 
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """One step of the phase that `step` is in. Every inner step has a fresh batch."""
+    """The updates of one step of the schedule, each on a batch of its own."""
     phase, weight = schedule(step, cfg)
-    model.encoder.train(phase < 3)  # D2: no dropout in what is frozen
-    batch, log = lambda draw: segments(model, corpus, cfg, step, draw), {}
-    if phase == 0:
-        return autoencoder_step(model, optimizers, *batch(0), 0.0, cfg)
-    if phase == 1:
+    model.encoder.train(phase != "stage 2")  # D2
+    batch = functools.partial(segments, model, corpus, cfg, step)
+    log = {}
+
+    if phase == "classifier":
         return classifier_step(model, optimizers, *batch(0), cfg)
-    if phase == 2:
-        for k in range(cfg.classifier_steps):
-            log |= classifier_step(model, optimizers, *batch(k + 1), cfg)
-        return log | autoencoder_step(model, optimizers, *batch(0), weight, cfg)
-    for k in range(cfg.critic_steps):
-        log |= critic_step(model, optimizers, *batch(k + 1), cfg)
-    return log | generator_step(model, optimizers, batch(0)[0], cfg)
+    if phase == "stage 2":
+        for draw in range(cfg.critic_steps):
+            log |= critic_step(model, optimizers, *batch(draw + 1), cfg)
+        return log | generator_step(model, optimizers, batch(0)[0], cfg)
+    if phase == "joint":
+        for draw in range(cfg.classifier_steps):
+            log |= classifier_step(model, optimizers, *batch(draw + 1), cfg)
+    return log | autoencoder_step(model, optimizers, *batch(0), weight, cfg)
 
 
-# ==================== what it is good for ====================
+# ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> content (T', C): the latent z, one vector for 8 frames."""
+    """wave (N,) -> content (T', C): the latent z, one vector for 8 frames."""
     return {"content": model.encoder(model.features(wave[None]))[0]}
 
 
 @torch.no_grad()
-def convert(model, sources, targets, cfg):
-    """Waves (N,), each with the index of a training speaker -> waves (N,): what the source says, in that
-    voice, by both stages, with gan_share 0 by the first alone. None reconstructs: of the training speakers it
-    takes the one with whom the decoder comes closest to the source."""
+def convert(model, sources, targets, cfg, stage=2):
+    """Waves (N,), each with the index of a training speaker -> waves (N,) that say the same in that
+    voice, by stage 1 alone or by both. None as a target reconstructs the source."""
     waves = []
-    for wave, target in zip(sources, targets):
-        x = model.features(wave[None])
-        z, speakers = model.encoder(x), torch.arange(model.n_speakers, device=x.device)[:, None]
+    for source, target in zip(sources, targets):
+        x = model.features(source[None])
+        z = model.encoder(x)
         if target is None:
-            target = torch.stack(
-                [F.l1_loss(model.decode(z, s, x.shape[1], 1), x) for s in speakers]
-            ).argmin()
-        y = model.decode(z, speakers[target], x.shape[1], 2 if cfg.gan_share else 1)
-        waves.append(model.vocode(y, len(wave))[0])
+            # The training speaker with whom the decoder comes closest to the first 512 frames; z
+            # is the same for all of them.
+            speakers = torch.arange(model.n_speakers, device=x.device)
+            guesses = model.decode(z[:, :64], speakers, x.shape[1], stage=1)  # (S, 512, F)
+            target = (guesses - x[:, :512]).abs().mean((1, 2)).argmin()
+        speaker = torch.tensor([target], device=x.device)
+        x_hat = model.decode(z, speaker, x.shape[1], stage)
+        waves.append(model.vocode(x_hat, len(source))[0])
     return waves
-
-
-@torch.enable_grad()
-def fresh_classifier(encoder, corpus, cfg):
-    """The authors' probe: a new classifier-1, trained on the latents of a frozen encoder for a quarter of
-    the run's steps, at most 20,000 -> the share of held-out segments whose speaker it names. The classifier
-    that the encoder was trained against would be no judge: the encoder has learned to mislead that one."""
-    torch.manual_seed(cfg.seed + 1)  # not the weights that the run's classifier began with
-    fresh = Model(cfg, len(corpus.speakers)).to(cfg.device).train()
-    optimizers, fresh.encoder = make_optimizers(fresh, cfg), encoder.eval()
-    rng, right = np.random.default_rng(cfg.seed), []
-    for step in range(min(-(-cfg.steps // 4), 20_000)):
-        us = corpus.train[rng.integers(len(corpus.train), size=cfg.batch_size)]
-        classifier_step(fresh, optimizers, *segments(fresh, corpus, cfg, step, 1000, us), cfg)
-    for draw, us in itertools.product(
-        range(4), np.array_split(corpus.held, -(-len(corpus.held) // 64))
-    ):
-        x, speaker = segments(fresh, corpus, cfg, 0, 1001 + draw, us)
-        right.append(fresh.eval().classifier(encoder(x)).argmax(1) == speaker)
-    return torch.cat(right).float().mean().item()
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes what each stage makes of an utterance of four training speakers in the voice of each of them,
-    and global_variance.npy (real, copy, stages; speakers; F): over time, of a frequency, in dB^2, the mean
-    over held-out utterances, real, copied by Griffin-Lim alone, and converted by each stage. Returns
-    `fresh_classifier`, also of an untrained encoder; means of those variances; and as variance_error how far
-    they are from real speech of the speaker (of conversions: the target), the mean |ln ratio|."""
-    torch.manual_seed(cfg.seed)
-    nets = {
-        "content": model.encoder,
-        "untrained": Model(cfg, len(corpus.speakers)).to(cfg.device).encoder,
-    }
-    metrics = {
-        "fresh_classifier": {name: fresh_classifier(net, corpus, cfg) for name, net in nets.items()}
-    }
-    us = corpus.held[
-        (corpus.speaker[corpus.held] < len(corpus.speakers))
-        & (corpus.length[corpus.held] > cfg.win)
-    ]
-    who, stages = corpus.speaker[us], (1, 2)[: 1 + (cfg.gan_share > 0)]
-    of_stage = {n: Config(**asdict(cfg) | {"gan_share": n - 1.0}) for n in stages}
+    """Writes eight held-out utterances in the voice of the next speaker, by stage 1 alone and by
+    both stages: stage 2 should make them sharper. Returns L_rec of 32 held-out segments, in units
+    of 100 dB."""
+    for u in corpus.held[:8]:
+        wave = corpus.wave(u).to(cfg.device)
+        target = (corpus.speaker[u] + 1) % model.n_speakers
+        for stage in (1, 2):
+            (made,) = convert(model, [wave], [target], cfg, stage)
+            name = f"{corpus.paths[u].stem[:60]}_stage_{stage}.wav"
+            write_audio(out / name, made, cfg.sample_rate)
 
-    def by_stage(wave, s, n):
-        return convert(model, [wave], [s], of_stage[n])[0]
-
-    for a, b, n in itertools.product([*dict.fromkeys(who)][:4], [*dict.fromkeys(who)][:4], stages):
-        wave = by_stage(corpus.wave(us[who == a][0]).to(cfg.device), b, n)
-        name = f"grid_{corpus.speakers[a]}_as_{corpus.speakers[b]}_stage{n}.wav"
-        write_audio(out / name, wave, cfg.sample_rate)
-    names = ("real", "copy", "stage_1", "stage_2")[: 2 + len(stages)]
-    total = torch.zeros(len(names), len(corpus.speakers), cfg.n_fft // 2 + 1)
-    count = torch.zeros(len(names), len(corpus.speakers), 1)
-    for i, (u, own) in enumerate(zip(us[:200], who)):
-        wave, other = (
-            corpus.wave(u).to(cfg.device),
-            (own + 1 + i % (len(corpus.speakers) - 1)) % len(corpus.speakers),
-        )
-        copy = model.vocode(model.features(wave[None]), len(wave))[0]
-        made = (own, wave), (own, copy), *((other, by_stage(wave, other, n)) for n in stages)
-        for k, (s, y) in enumerate(made):
-            total[k, s] += (100 * model.features(y[None])[0]).var(0, correction=0).cpu()  # (F,)
-            count[k, s] += 1
-    variance = (total / count)[:, (count > 0).all(0)[:, 0]].clamp(
-        min=1
-    )  # (names, S', F), at least 1 dB^2
-    if variance.numel():
-        np.save(out / "global_variance.npy", variance.numpy())
-
-        def mean(v):
-            return v.mean((1, 2)).tolist()
-
-        metrics["variance"] = dict(zip(names, mean(variance)))
-        metrics["variance_error"] = dict(
-            zip(names[1:], mean((variance[1:] / variance[0]).log().abs()))
-        )
-    return metrics
+    x, speaker = segments(model, corpus, cfg, 0, 0, corpus.held[:32])
+    loss = F.l1_loss(model.decode(model.encoder(x), speaker, x.shape[1], stage=1), x)
+    return {"reconstruction_loss": loss.item()}
 
 
 # ==================== shared: audio ====================

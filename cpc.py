@@ -1,63 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""CPC: what is said is what helps to predict the future; and speech again from its discrete units.
+"""CPC: speech features that predict their own future, and speech resynthesized from their units.
 
-van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv:1807.03748;
-Polyak et al., "Speech Resynthesis from Discrete Disentangled Self-Supervised Representations", Interspeech
-2021, arXiv:2104.00355.
+Paper    van den Oord, Li, Vinyals. Representation Learning with Contrastive Predictive Coding.
+         arXiv:1807.03748. Equation numbers are those of this paper.
+         Polyak et al. Speech Resynthesis from Discrete Disentangled Self-Supervised
+         Representations. Interspeech 2021, arXiv:2104.00355.
 
-The idea. An encoder turns every 10 ms of waveform into a vector z, a recurrent network sums up all z so far
-in c, and with c each of the next 12 z is to be picked out among others. WHICH others decides what is learned:
-against frames of other speakers it is enough to know the voice, against frames of the same utterance the
-voice alone is of no use. There is no decoder. To hear what c holds it is clustered into discrete units, and a
-decoder, trained with all else frozen, makes speech of units, F0 and speaker; another speaker converts it.
+Idea     An encoder turns every 10 ms of the waveform into a vector z, and a recurrent network
+         summarizes all z so far in a vector c. From c, each of the next 12 z must be picked out
+         among candidates. The candidates decide what is learned: among frames of other speakers
+         the voice gives the right one away, among frames of the same utterance it does not. CPC
+         has no decoder. To hear what c holds, k-means clusters it into discrete units, and a
+         decoder, trained with everything else frozen, makes speech of units, F0 and a speaker.
 
-    wave (B, samples) -> 5 convolutions (TOY: 4), strides 5, 4, 2, 2, 2 -> z (B, T, C), T = samples / hop
-    z -> GRU -> c (B, T, D) -> matrices W_1 .. W_K -> predictions of z_{t+1} .. z_{t+K} (B, T - K, K, C)
-    c -> k-means -> units (B, T)      wave -> YIN -> F0 tokens (B, T)      speaker (B,)
-    their embeddings (B, T, 3 E) -> convolutions -> log-mel (B, T, M) -> Griffin-Lim -> wave
+Model    wave (B, N) -> encoder, convolutions with strides 5, 4, 2, 2, 2     z      (B, T, C)
+         z -> GRU                                                            c      (B, T, D)
+         c -> matrices W_1 .. W_K: predictions of z_{t+1} .. z_{t+K}         (B, T - K, K, C)
+         c -> the nearest centroid of k-means                                units  (B, T)
+         wave -> YIN -> bins of log F0, relative to the speaker's mean       f0     (B, T)
+         units, f0, speaker -> embeddings (B, T, 3 E) -> convolutions        mel    (B, T, F)
+         mel -> Griffin-Lim -> wave (B, N)
 
-    f_k(x_{t+k}, c_t) = exp(z_{t+k} W_k c_t)                                                        Eq. (3)
-    L_k = - E log f_k(x_{t+k}, c_t) / sum over N candidates x_j of f_k(x_j, c_t)                    Eq. (4)
-    log N - L_k, in nats, is at most log N and bounds the mutual information of x_{t+k} and c_t from below
-    if candidates are independent, which neighbours in time are not.
+Loss     f_k(x_{t+k}, c_t) = exp(z_{t+k}^T W_k c_t)                                       Eq. (3)
+         L_k = -E log [f_k(x_{t+k}, c_t) / sum over all candidates x_j of f_k(x_j, c_t)]    Eq. (4)
+         CPC minimizes the mean of L_k over k. With J candidates, log J - L_k is a lower bound on
+         the mutual information of x_{t+k} and c_t if the candidates are independent, which
+         neighbors in time are not. The decoder minimizes the L1 error of the log-mel spectrogram.
 
-    symbol   here                   shape             symbol         here                  shape or value
-    g_enc    model.encoder: z       (B, T, C)         K              cfg.prediction_steps  12
-    g_ar     model.context: c       (B, T, D)         N              candidates (U1)       B (T - K) = 928
-    W_k      model.predictors       (K C, D)          z_c, z_F0      model.units, .f0      (B, T)
-    f_k      exp(score)             (.., N, N)        z_spk          decoder.speaker       (S, E)
+Symbols  g_enc   model.encoder: z         W_k           model.predictors   (K C, D)
+         g_ar    model.context: c         log f_k       score              contexts x candidates
+         N       candidates, here J       z_c, z_F0     model.units, model.f0
+         B crops, N samples, T = N / 160 frames, K prediction steps; C, D, E are sizes of vectors
 
-Table 2 of the paper, phone accuracy: --negatives batch 64.6 %, same-speaker 65.5, sequence 65.2 and, the
-harmful choice, other-sequences 57.3 (not here: the speaker's other sequences, 64.6); --prediction-steps 2,
-4, 8, 12, 16: 28.5, 57.6, 63.6, 64.6, 63.8.
+Differs from the paper
+D1  After each convolution, every frame is normalized over its channels. The paper states no
+    normalization for audio (--norm none). Batch normalization would let a frame see its future.
+D2  The score is scaled by 1 / sqrt(C). --score-scale 1 is the score of the paper.
+D3  The units are clusters of c, fitted on units / 2 batches. Polyak et al. cluster an inner layer
+    of a larger CPC, which was trained on 6,000 hours, and fit k-means on 100 hours.
+D4  F0 comes from YIN, at the rate of c, in uniform bins, with a token for unvoiced frames. Polyak
+    et al. use YAAPT and a VQ-VAE of 20 codes at 12.5 Hz. In their code, not in their text, an
+    unvoiced frame has the mean F0, so that flat F0 hides the voicing; `sample` writes both kinds.
+D5  The decoder predicts a log-mel spectrogram, and Griffin-Lim finds the phases. Polyak et al.
+    train a HiFi-GAN. In their code, not in their text, its rate decays and it sees 16 crops of
+    0.56 s; here the rate is constant and the crops are those of CPC.
+D6  The speaker is a row of a table, as in their code. Their text uses a d-vector, which is slightly
+    worse, but serves new speakers too.
+D7  `convert` does not know the source speaker, so the mean of log F0 is that of the source itself,
+    and the deviation is the average of the training speakers.
+Not specified in the paper
+U1  How many candidates there are: here all frames of the batch, or of the sequence, that are k
+    later than a context. With several GPUs each has its own batch, as in the paper.
+U2  How the encoder pads: here so that T = N // 160.
+U3  How the losses of the K steps are joined: here by their mean.
+U4  Where the GRU starts: here from zeros, in every crop and every utterance.
 
-Differs from the papers
-D1  After each convolution every frame is normalised over its channels. The paper states no norm (--norm
-    none); BatchNorm would let a frame know its future.
-D2  The score is scaled, by 1 / sqrt(C); --score-scale 1 is the paper.
-D3  Units are clusters of c of this CPC, from 50,000 frames at most. Polyak et al. take an inner layer of a
-    larger CPC, trained on 6000 hours, and k-means of 100 hours.
-D4  F0 by YIN, at the rate of c, in uniform bins, and a token for unvoiced. There: YAAPT, and 20 codes of a
-    VQ-VAE, 12.5 a second; an unvoiced frame is one at the speaker's mean.
-D5  The decoder makes a log-mel spectrum, trained with L1 at a constant rate on crops as long as those of
-    CPC, Griffin-Lim the wave. There: HiFi-GAN, its rate decaying, on 16 crops of 0.56 s.
-D6  `convert` does not know who speaks: the source's own mean of log F0 and an average deviation stand in
-    for those of the speaker, with which the decoder was trained.
-The papers do not say, or not to us
-U1  how many candidates there are. Here all frames of the minibatch, or of the sequence, that are k later
-    than a context. Under torchrun those of one GPU, as in the paper, which had 8 with 8 sequences each.
-U2  how the encoder pads: here so that T = samples // 160.
-U3  how the losses of the K steps are joined: here by their mean.
-U4  where the GRU starts: here from zeros, in each crop and in each utterance.
-
-The log shows nats_k = log N - L_k: 0 is chance; z_{t+1} and z_{t+2} share samples with c_t. In run.json
-metrics.nats are of held-out speech; vde: share of frames of wrong voicing, ffe: of these and where F0 is off
-by over 20 %, for Griffin-Lim copies, for the speaker's own resynthesis, and for it with flat_f0, which shows
-what units say of F0. The paper reads speakers per frame, here they are read per utterance.
-
-    python cpc.py                                       a toy corpus, two minutes on two CPU cores
-    python cpc.py --data DIR --negatives same-speaker   any folder of audio, the paper's size, for a GPU
-    python cpc.py convert --checkpoint runs/a --source a.wav --target SPEAKER --output c.wav
+Usage    python cpc.py                       toy corpus, two minutes on two CPU cores
+         python cpc.py --data DIR            any folder of audio, full size, for a GPU
+         python cpc.py convert --checkpoint RUN --source a.wav --target SPEAKER --output c.wav
+         The log shows nats_k = log J - L_k; 0 is chance, and for k of 1 and 2 samples overlap c_t.
 """
 
 import argparse
@@ -125,13 +126,12 @@ class Config:
     d_context: int = 256  # D, of the GRU: size of c
     norm: Literal["channel", "none"] = "channel"  # after each convolution; none: the paper
     prediction_steps: int = 12  # K, frames ahead that are predicted
-    negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = (
-        "batch"  # who they are
-    )
+    # The candidates, as in Table 2 of the CPC paper. other-sequences does worst there, and needs a
+    # batch of 2.
+    negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = "batch"
     score_scale: float = 0.044  # factor on the score z W c, here 1 / sqrt(512); 1: the paper
     units: int = 100  # clusters of k-means
-    normalise: bool = False  # c to mean 0 and deviation 1 over the utterance before k-means
-    f0_tokens: int = 20  # 0: unvoiced; the others: bins of the speaker's normalised log F0
+    f0_tokens: int = 20  # 0: unvoiced; the others: bins of the speaker's normalized log F0
     d_embedding: int = 128  # E, of each of unit, F0 token and speaker
     hidden: int = 256  # H, channels of the decoder
     blocks: int = 6  # residual blocks of the decoder
@@ -146,17 +146,10 @@ class Config:
             raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
-        hops = np.cumprod(STRIDES).tolist()
-        if self.hop not in hops:
-            raise UserError(f"--hop {self.hop}: no product of strides; choose from {hops}")
+        if self.hop not in HOPS:
+            raise UserError(f"--hop {self.hop}: no product of strides; choose from {HOPS}")
         if self.crop // self.hop < self.prediction_steps + 2:
             raise UserError(f"--crop {self.crop}: too short for --prediction-steps; raise it")
-        if self.cpc_share > 1:
-            raise UserError(
-                f"--cpc-share {self.cpc_share}: is a share of the steps; give 1 at most"
-            )
-        if self.negatives == "other-sequences" and self.batch_size == 1:
-            raise UserError("--batch-size 1: has no other sequences; raise it")
 
 
 # The same model, narrower, at 8 kHz with a convolution less, for two CPU cores and two minutes.
@@ -180,185 +173,190 @@ TOY = dict(
 )
 TARGET = "speaker"  # what convert takes: the index of a training speaker
 STRIDES = (5, 4, 2, 2, 2)  # of the encoder; a layer for each, as many as make up cfg.hop
+HOPS = (5, 20, 40, 80, 160)  # samples between frames after each layer
 
 
-# ==================== the model ====================
+# ---------- model ----------
 class ChannelNorm(nn.LayerNorm):
-    """D1: (B, C, T) -> each frame to mean 0 and deviation 1 over its channels, times a gain, plus a bias."""
+    """(B, C, T) -> (B, C, T), every frame with mean 0 and deviation 1 over its channels, then a
+    gain and a bias for each channel (D1)."""
 
     def forward(self, x):
         return super().forward(x.mT).mT
 
 
 class Encoder(nn.Sequential):
-    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop, at least 1: strided convolutions, kernels twice the
-    strides. With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
+    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop. Kernels are twice as long as strides.
+    With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
 
     def __init__(self, cfg):
-        C, Norm = cfg.channels, ChannelNorm if cfg.norm == "channel" else nn.Identity
-        layers, hops = [], np.cumprod(STRIDES).tolist()
-        for stride in STRIDES[: hops.index(cfg.hop) + 1]:  # U2: the padding
-            layers += [
-                nn.Conv1d(C if layers else 1, C, 2 * stride, stride, padding=(stride + 1) // 2),
-                Norm(C),
-                nn.ReLU(),
-            ]
+        C = cfg.channels
+        Norm = ChannelNorm if cfg.norm == "channel" else nn.Identity
+        layers = []
+        for stride in STRIDES[: HOPS.index(cfg.hop) + 1]:
+            inputs = C if layers else 1
+            padding = (stride + 1) // 2  # U2
+            layers += [nn.Conv1d(inputs, C, 2 * stride, stride, padding), Norm(C), nn.ReLU()]
         super().__init__(*layers)
         self.hop = cfg.hop
 
     def forward(self, wave):
-        samples = max(1, wave.shape[1] // self.hop) * self.hop  # else T is not always N // hop
-        return (
-            super().forward(F.pad(wave, (0, samples - wave.shape[1]))[:, None]).mT
-        )  # cut, or padded
+        frames = wave.shape[1] // self.hop
+        return super().forward(wave[:, None, : frames * self.hop]).mT
+
+
+class Residual(nn.Sequential):
+    """h -> h + layers(h)."""
+
+    def forward(self, h):
+        return h + super().forward(h)
 
 
 class Decoder(nn.Module):
-    """units (B, T), F0 tokens (B, T), speaker (B,) -> log-mel (B, T, M), standardised. Their embeddings side
-    by side, as Polyak et al. have it; then residual blocks of dilated convolutions (D5)."""
+    """units (B, T), F0 tokens (B, T), speaker (B,) -> standardized log-mel (B, T, F). The three
+    embeddings are concatenated, as in Polyak et al.; residual blocks of dilated convolutions
+    follow (D5). The speaker is a row of a table (D6)."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        e, h = cfg.d_embedding, cfg.hidden
-        self.unit, self.f0 = nn.Embedding(cfg.units, e), nn.Embedding(cfg.f0_tokens, e)
-        self.speaker = nn.Embedding(n_speakers, e)
-        self.enter = nn.Conv1d(3 * e, h, 5, padding=2)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(),
-                nn.Conv1d(h, h, 5, padding=2 * 2 ** (i % 3), dilation=2 ** (i % 3)),
-                nn.ReLU(),
-                nn.Conv1d(h, h, 1),
-            )
-            for i in range(cfg.blocks)
-        )
-        self.leave = nn.Sequential(nn.ReLU(), nn.Conv1d(h, cfg.n_mels, 1))
+        E = cfg.d_embedding
+        H = cfg.hidden
+        self.unit = nn.Embedding(cfg.units, E)
+        self.f0 = nn.Embedding(cfg.f0_tokens, E)
+        self.speaker = nn.Embedding(n_speakers, E)
+        layers = [nn.Conv1d(3 * E, H, 5, padding=2)]
+        for i in range(cfg.blocks):
+            dilated = nn.Conv1d(H, H, 5, padding="same", dilation=2 ** (i % 3))
+            layers.append(Residual(nn.ReLU(), dilated, nn.ReLU(), nn.Conv1d(H, H, 1)))
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv1d(H, cfg.n_mels, 1))
 
     def forward(self, units, f0, speaker):
-        voice = self.speaker(speaker)[:, None].expand(-1, units.shape[1], -1)
-        h = self.enter(torch.cat([self.unit(units), self.f0(f0), voice], 2).mT)
-        for block in self.blocks:
-            h = h + block(h)
-        return self.leave(h).mT
+        unit = self.unit(units)
+        voice = self.speaker(speaker)[:, None].expand_as(unit)
+        h = torch.cat([unit, self.f0(f0), voice], 2)  # (B, T, 3 E)
+        return self.layers(h.mT).mT
 
 
 class Model(nn.Module):
-    """Of CPC: encoder, context, predictors. Of the resynthesis: centroids of the units, decoder, mean and
-    deviation of each mel band and of each training speaker's log F0."""
+    """For CPC: encoder, context network and predictors. For the resynthesis: centroids of the
+    units, decoder, mean and deviation of each mel band and of each training speaker's log F0."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        self.cfg, self.n_speakers = cfg, n_speakers
+        self.cfg = cfg
+        self.n_speakers = n_speakers
         self.register_buffer("mean", torch.zeros(cfg.n_mels))
         self.register_buffer("std", torch.ones(cfg.n_mels))
-        self.register_buffer("f0_mean", torch.zeros(n_speakers))
-        self.register_buffer("f0_std", torch.ones(n_speakers))
-        self.encoder = Encoder(cfg)
-        self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)  # g_ar; U4: from zeros
-        self.predictors = nn.Linear(
-            cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False
-        )  # W_k
-        self.decoder = Decoder(cfg, n_speakers)
+        self.register_buffer("f0_mean", torch.full((n_speakers,), 4.8))  # 122 Hz
+        self.register_buffer("f0_std", torch.full((n_speakers,), 0.25))
         self.register_buffer("centroids", torch.zeros(cfg.units, cfg.d_context))
-        self.register_buffer("fitted", torch.zeros(()))  # 1 where they are those of this c
+        self.encoder = Encoder(cfg)
+        self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)
+        predicted = cfg.prediction_steps * cfg.channels
+        self.predictors = nn.Linear(cfg.d_context, predicted, bias=False)
+        self.decoder = Decoder(cfg, n_speakers)
 
     def forward(self, wave):
-        """(B, N) -> z (B, T, C), c (B, T, D), float32; c_t knows of z_1 .. z_t only."""
+        """(B, N) -> z (B, T, C), c (B, T, D), float32; c_t depends on z_1 .. z_t only."""
         z = self.encoder(wave).float()
         with torch.autocast(wave.device.type, enabled=False):
-            return z, self.context(z)[0]
+            return z, self.context(z)[0]  # U4: no state is given, so it starts from zeros
 
-    @torch.autocast("cuda", enabled=False)  # as in convert: float32
+    @torch.autocast("cuda", enabled=False)  # `convert` is in float32, so training is too
     def units(self, wave):
-        """(B, N) -> (B, T): which centroid is the nearest to c."""
-        return assign(self.normalised(self(wave)[1]), self.centroids)[0]
-
-    def normalised(self, c):
-        """(B, T, D), with cfg.normalise without what stays the same over T: much of the speaker."""
-        x = (c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, unbiased=False).clamp(min=1e-5)
-        return x if self.cfg.normalise else c
+        """(B, N) -> units (B, T): the index of the centroid that is nearest to c."""
+        _, c = self(wave)
+        return assign(c, self.centroids)[0]
 
     def f0(self, wave, speaker=None):
-        """(B, N), speaker (B,), or None (D6) -> tokens (B, T): 0 is unvoiced, the others bins of log F0, from
-        -2.5 to 2.5 of the speaker's deviations (D4)."""
-        f0 = yin(wave, self.cfg)[:, : max(1, wave.shape[1] // self.cfg.hop)]  # (B, T) Hz
-        voiced, x = f0 > 0, f0.clamp(min=1).log()
-        if speaker is None:
-            mean = (x * voiced).sum(1, keepdim=True) / voiced.sum(1, keepdim=True).clamp(min=1)
+        """wave (B, N), speaker (B,) -> F0 tokens (B, T): 0 for unvoiced frames, otherwise a bin of
+        log F0 between -2.5 and 2.5 deviations from the speaker's mean (D4)."""
+        hertz = yin(wave, self.cfg)[:, :-1]
+        log_f0 = torch.where(hertz > 0, hertz, math.nan).log()
+        if speaker is None:  # D7
+            mean = log_f0.nanmean(1, keepdim=True)
             std = self.f0_std.mean()
         else:
-            mean, std = self.f0_mean[speaker, None], self.f0_std[speaker, None]
+            mean = self.f0_mean[speaker, None]
+            std = self.f0_std[speaker, None]
+
         bins = self.cfg.f0_tokens - 1
-        return ((((x - mean) / std + 2.5) / 5 * bins).long().clamp(0, bins - 1) + 1) * voiced
+        place = (log_f0 - mean) / std / 5 + 0.5  # 0 .. 1
+        token = 1 + (place * bins).long().clamp(0, bins - 1)
+        return torch.where(hertz > 0, token, 0)
 
     def features(self, wave):
-        """(B, N) -> (B, T, M): log-mel, standardised; T as of z."""
-        frames = max(1, wave.shape[1] // self.cfg.hop)
-        return (log_mel(wave, self.cfg)[:, :frames] - self.mean) / self.std
+        """(B, N) -> (B, T, F): standardized log-mel, with as many frames as z."""
+        return (log_mel(wave, self.cfg)[:, :-1] - self.mean) / self.std
 
     def vocode(self, x, samples):
-        """(B, T, M) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D5)."""
-        x = F.pad(x.mT, (0, 2), mode="replicate").mT  # two frames more, for N samples
+        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
+        (D5)."""
+        # Two more frames, so that the wave is long enough.
+        x = F.pad(x.mT, (0, 2), mode="replicate").mT
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
 
 
-def yin(wave, cfg):
-    """(B, N) -> F0 (B, T) in Hz, 0 where unvoiced; T = 1 + N // hop, frame t centred on sample t * hop.
-    YIN (de Cheveigne & Kawahara, JASA 2002), 50 to 400 Hz: the first minimum of d' below 0.2, if any."""
-    W, low = ceil(cfg.sample_rate / 50), cfg.sample_rate // 400
-    middle = 2 * W // 3  # of what is compared, x[:W] and x[tau:tau + W], where F0 is 150 Hz
+def yin(wave, cfg, low=65, high=400):
+    """wave (B, N) -> F0 (B, T) in Hz, 0 where unvoiced; T = 1 + N // hop, and frame t is centered
+    on sample t * hop. YIN (de Cheveigne and Kawahara, JASA 2002) between `low` and `high` Hz: the
+    first dip of the normalized difference below 0.2, or else the deepest dip. The frame is voiced
+    if that dip is below 0.35. The floor is above the hum of the mains."""
+    W = ceil(cfg.sample_rate / low) + 1  # longest lag, and number of samples that are compared
+    middle = (W + cfg.sample_rate // 150) // 2  # of all samples that a lag of 150 Hz compares
     x = F.pad(wave.double(), (middle, 2 * W - middle)).unfold(1, 2 * W, cfg.hop)  # (B, T, 2 W)
+
+    # difference[lag] = sum over j < W of (x[j] - x[j + lag])^2, for lag = 0 .. W
     energy = F.pad(x.square().cumsum(-1), (1, 0))
-    energy = energy[..., W:] - energy[..., : W + 1]  # of x[tau:tau + W], tau = 0 .. W
-    spectrum, start = torch.fft.rfft(x), torch.fft.rfft(x[..., :W], 2 * W)
-    product = torch.fft.irfft(start.conj() * spectrum, 2 * W)[
-        ..., : W + 1
-    ]  # sum of x[j] x[j + tau], j < W
-    d = (energy[..., :1] + energy - 2 * product)[..., 1:].clamp(
-        min=0
-    )  # sum of (x[j] - x[j + tau]) ** 2
-    tau = torch.arange(1, W + 1, device=x.device)
-    d = d * tau / d.cumsum(-1).clamp(min=1e-12)  # d', over the mean so far
-    before, here, after = d[..., :-2], d[..., 1:-1], d[..., 2:]  # tau = 1 .., 2 .., 3 ..
-    dip = (here < before) & (here <= after) & (here < 0.2) & (tau[1:-1] >= low)
-    dip &= x.var(-1, keepdim=True) > 1e-6  # -60 dB of full scale
-    at = dip.int().argmax(-1, keepdim=True)  # the first, not the deepest
+    energy = energy[..., W:] - energy[..., :-W]  # of x[lag : lag + W]
+    start = torch.fft.rfft(x[..., :W], 2 * W)
+    product = torch.fft.irfft(start.conj() * torch.fft.rfft(x), 2 * W)[..., : W + 1]
+    difference = energy[..., :1] + energy - 2 * product
+
+    # Divided by its mean over all lags so far, it begins at 1 and dips at the period. The constant
+    # is that of noise at -60 dB of full scale: what is more quiet has no pitch.
+    difference = difference[..., 1:] + 2e-6 * W
+    lag = torch.arange(1, W + 1, device=x.device)
+    d = difference * lag / difference.cumsum(-1)
+    before, here, after = d.unfold(-1, 3, 1).unbind(-1)
+    lag = lag[1:-1]  # of `here`
+    is_dip = (here < before) & (here <= after) & (lag >= cfg.sample_rate // high)
+
+    # Clear dips rank before all others, in the order of their lags; the others by their depth.
+    rank = torch.where(here < 0.2, lag - W, here).masked_fill(~is_dip, math.inf)
+    best, at = rank.min(-1, keepdim=True)  # (B, T, 1)
     before, here, after = (y.gather(-1, at) for y in (before, here, after))
-    period = (
-        at + 2 + (before - after) / 2 / (before - 2 * here + after).clamp(min=1e-12)
-    )  # by a parabola
-    f0 = (cfg.sample_rate / period * dip.any(-1, keepdim=True)).squeeze(-1)
-    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()  # one or two alone are errors
+    # The vertex of the parabola through the dip and its neighbors is the period.
+    period = at + 2 + (before - after) / 2 / (before - 2 * here + after)
+    f0 = torch.where(best < 0.35, cfg.sample_rate / period, 0.0)[..., 0]
+
+    # A median over 5 frames removes values that stand alone.
+    return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()
 
 
-# ==================== the objective ====================
+# ---------- loss and training step ----------
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of mel bands and of speakers' log F0, from at most 25
-    utterances of each, and units of the untrained c (those that count are fitted when CPC is done)."""
-    mels, pitch = [], defaultdict(list)
-    for u in corpus.train:
-        if len(pitch[s := corpus.speaker[u]]) < 25:
-            wave = corpus.wave(u)[None].to(cfg.device)
-            mel, f0 = log_mel(wave, cfg)[0], yin(wave, cfg)[0]
-            mels.append(torch.stack([mel.mean(0), mel.square().mean(0)]))
-            pitch[s].append(f0[f0 > 0].log())
-    mean, square = torch.stack(mels).double().mean(0)
-    model.mean.copy_(mean)
-    model.std.copy_((square - mean**2).clamp(min=1e-4).sqrt())
-    every = torch.cat(
-        [torch.tensor([4.6, 5.1], device=cfg.device), *itertools.chain(*pitch.values())]
-    )
+    """Sets mean and deviation of every mel band, from crops of 200 training utterances, and of
+    every speaker's log F0, from 25 utterances, and units for the untrained c."""
+    wave = get_batch(corpus, cfg, 0, utterances=corpus.train[:200])["wave"]
+    mel = log_mel(wave, cfg)
+    model.mean.copy_(mel.mean((0, 1)))
+    model.std.copy_(mel.std((0, 1)).clamp(min=0.01))
+
     for s in range(model.n_speakers):
-        x = torch.cat([every[:0], *pitch[s]])
-        x = x if len(x) > 1 else every  # never voiced: as all are, at worst 99 to 164 Hz
-        model.f0_mean[s], model.f0_std[s] = x.mean(), x.std().clamp(min=0.02)
+        utterances = corpus.train[corpus.speaker[corpus.train] == s][:25]
+        f0 = torch.cat([yin(corpus.wave(u)[None].to(cfg.device), cfg)[0] for u in utterances])
+        log_f0 = f0[f0 > 0].log()
+        if len(log_f0) > 1:  # otherwise what a new model has
+            model.f0_mean[s] = log_f0.mean()
+            model.f0_std[s] = log_f0.std().clamp(min=0.02)
     fit_units(model, corpus, cfg)
 
 
 def make_optimizers(model, cfg):
-    """One for CPC; and one, as in HiFi-GAN, for the decoder."""
+    """Adam for CPC, and for the decoder AdamW as in HiFi-GAN."""
     cpc = nn.ModuleList([model.encoder, model.context, model.predictors])
     return {
         "cpc": torch.optim.Adam(cpc.parameters(), cfg.lr, fused=True),
@@ -366,233 +364,201 @@ def make_optimizers(model, cfg):
     }
 
 
-@torch.autocast("cuda", enabled=False)  # scores have no bound: float32
+@torch.autocast("cuda", enabled=False)  # scores have no bound, so they need float32
 def info_nce(z, c, predictors, cfg):
-    """z (B, T, C), c (B, T, D) -> Eq. (4) for k = 1 .. K, (K,) in nats, and N, the number of candidates: one
-    is z_{t + k}, k frames after c_t, the others stand k frames after the other contexts (U1)."""
+    """z (B, T, C), c (B, T, D) -> L_k of Eq. (4) for k = 1 .. K, (K,) in nats, and the number of
+    candidates. z_{t+k} is the positive of c_t; the other candidates stand k frames after the other
+    contexts (U1)."""
     B, T, C = z.shape
-    K, S = cfg.prediction_steps, T - cfg.prediction_steps  # S contexts have all K futures
-    losses, groups = [], B if cfg.negatives == "sequence" else 1
-    prediction = (
-        predictors(c[:, :S]).unflatten(2, (K, C)) * cfg.score_scale
-    )  # D2: W_k c_t (B, S, K, C)
-    for k in range(1, K + 1):  # k = 1 is the next frame
-        w, future = (x.reshape(groups, -1, C) for x in (prediction[:, :, k - 1], z[:, k : k + S]))
-        score = w @ future.mT  # z_j W_k c_i: row i, column j
+    K = cfg.prediction_steps
+    S = T - K  # contexts in a sequence: those with all K futures
+    sets = B if cfg.negatives == "sequence" else 1  # of contexts that share their candidates
+    predicted = predictors(c[:, :S]) * cfg.score_scale  # D2
+    predicted = predicted.view(sets, -1, K, C)  # W_k c_t for all k
+
+    losses = []
+    for k in range(1, K + 1):
+        future = z[:, k : k + S].reshape(sets, -1, C)
+        score = predicted[:, :, k - 1] @ future.mT  # log f_k, Eq. (3): (sets, contexts, candidates)
         if cfg.negatives == "other-sequences":
-            own = torch.kron(
-                torch.eye(B, device=z.device), 1 - torch.eye(S, device=z.device)
-            ).bool()
-            score = score.masked_fill(own, -math.inf)  # the positive stays a candidate
-        losses.append((score.logsumexp(-1) - score.diagonal(dim1=1, dim2=2)).mean())
-    return torch.stack(losses), S * B // groups - (S - 1) * (cfg.negatives == "other-sequences")
+            sequence = torch.arange(B * S, device=z.device) // S
+            is_hidden = sequence[:, None] == sequence
+            score = score.masked_fill(is_hidden.fill_diagonal_(False), -math.inf)
+        positive = score.diagonal(dim1=1, dim2=2)
+        losses.append((score.logsumexp(-1) - positive).mean())
+
+    candidates = score.shape[-1]
+    if cfg.negatives == "other-sequences":
+        candidates -= S - 1
+    return torch.stack(losses), candidates
 
 
 def assign(x, centroids):
-    """(.., D) -> index of the nearest of (K, D), and the square of its distance, (..) each."""
-    d, ids = (
-        x.square().sum(-1, keepdim=True) - 2 * x @ centroids.T + centroids.square().sum(-1)
-    ).min(-1)
-    return ids, d.clamp(min=0)
+    """x (.., D), centroids (M, D) -> index of the nearest centroid and squared distance, (..)."""
+    # The shift changes no distance, but far from the origin the digits of cdist would cancel.
+    center = centroids.mean(0)
+    distance, ids = torch.cdist(x - center, centroids - center).min(-1)
+    return ids, distance.square()
 
 
-def kmeans(x, K, seed, starts=5, rounds=100):
-    """x (n, D) -> centroids (K, D), and the sum of squares in each round of Lloyd's algorithm, from the best
-    of some starts by k-means++ (Arthur & Vassilvitskii, SODA 2007). A cluster that has lost all its members
-    moves to the point that is worst off."""
-    rng, runs = np.random.default_rng(seed), []
+def spread_centroids(x, n_clusters):
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): x (n, D) -> first centroids (M, D).
+    Points are drawn in proportion to their squared distance from the centroids so far. The best of
+    2 + log M draws, by what is left of the distances, is the next centroid."""
+    centroids = x[torch.randint(len(x), (1,), device=x.device)]
+    distance = assign(x, centroids)[1]
+    for _ in range(n_clusters - 1):
+        weight = distance + 1e-20  # all distances may be 0
+        drawn = x[weight.multinomial(2 + int(math.log(n_clusters)), replacement=True)]
+        left = torch.minimum(distance, torch.cdist(drawn, x).square())  # (draws, n)
+        best = left.sum(1).argmin()
+        distance = left[best]
+        centroids = torch.cat([centroids, drawn[best][None]])
+    return centroids
+
+
+def kmeans(x, n_clusters, starts=5, rounds=50):
+    """Lloyd's algorithm: x (n, D) -> centroids (M, D) and the sum of squared distances in the last
+    round, of the best of several starts. A cluster that loses all members keeps its centroid."""
+    center = x.mean(0)
+    x = x - center
+    runs = []
     for _ in range(starts):
-        centroids = x[rng.integers(len(x))][None]
-        d = assign(x, centroids)[1]
-        for _ in range(K - 1):  # drawn in proportion to d
-            total = d.double().cumsum(0)
-            i = torch.searchsorted(total, rng.random() * total[-1]).clamp(max=len(x) - 1)
-            centroids = torch.cat([centroids, x[i][None]])
-            d = torch.minimum(d, assign(x, centroids[-1:])[1])
-        inertia = []
+        centroids = spread_centroids(x, n_clusters)
         for _ in range(rounds):
-            ids, d = assign(x, centroids)
-            inertia.append(d.double().sum().item())
-            if len(inertia) > 1 and inertia[-2] - inertia[-1] <= 1e-4 * inertia[-1]:
-                break
-            count = ids.bincount(minlength=K)
-            centroids = (
-                torch.zeros_like(centroids).index_add(0, ids, x) / count.clamp(min=1)[:, None]
-            )
-            worst = d.topk(min(len(x), K)).indices.repeat(K)
-            centroids[count == 0] = x[worst[: int((count == 0).sum())]]
-        runs.append((centroids, inertia))
-    return min(runs, key=lambda run: run[1][-1])
+            ids, distance = assign(x, centroids)
+            member = F.one_hot(ids, n_clusters).to(x.dtype)  # (n, M)
+            count = member.sum(0)[:, None]
+            centroids = torch.where(count > 0, member.T @ x / count, centroids)
+        runs.append((centroids + center, distance.sum().item()))
+    return min(runs, key=lambda run: run[1])
 
 
 @torch.no_grad()
 @torch.autocast("cuda", enabled=False)
 def fit_units(model, corpus, cfg):
-    """Centroids of c (D3) of at most 500 training utterances, every 2nd, 3rd .. frame beyond 50,000."""
-    us, frames = corpus.train[:500], []
-    every = -(-int((corpus.length[us] // cfg.hop).sum()) // 50_000) or 1
-    for u in us:
-        frames.append(model.normalised(model(corpus.wave(u)[None].to(cfg.device))[1])[0, ::every])
-    model.centroids.copy_(kmeans(torch.cat(frames), cfg.units, cfg.seed)[0])
-    model.fitted.fill_(1)
+    """Sets the centroids by k-means of c in random training crops, a batch for every two units
+    (D3)."""
+    batches = [get_batch(corpus, cfg, i, draw=2000) for i in range(ceil(cfg.units / 2))]
+    c = torch.cat([model(batch["wave"])[1].flatten(0, 1) for batch in batches])
+    model.centroids.copy_(kmeans(c, cfg.units)[0])
     if dist.is_initialized():
-        dist.broadcast(model.centroids, 0)  # ranks may differ in rounding
+        dist.broadcast(model.centroids, 0)  # each rank has drawn other crops
 
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """CPC for a share of the steps, at their end k-means, then the decoder, with all else frozen."""
-    last = max(1, round(cfg.cpc_share * cfg.steps)) - 1
-    if step <= last:
-        log = cpc_step(model, optimizers["cpc"], corpus, step, cfg)
-    if (
-        step >= last and not model.fitted
-    ):  # a run may also be resumed beyond `last`, with fewer --steps
+    """One update: of CPC in the first share of the steps, then of the decoder, with units that are
+    fitted once, before its first step."""
+    decoder = optimizers["decoder"]
+    if step < round(cfg.cpc_share * cfg.steps):
+        metrics = cpc_step(model, optimizers["cpc"], corpus, step, cfg)
+        decoder.state.clear()  # c has moved, so what the decoder knew of the units is void
+        if step + 1 == cfg.steps:  # no decoder will follow
+            fit_units(model, corpus, cfg)
+        return metrics
+
+    # An optimizer has no state before its first step. A checkpoint keeps it, so this holds in a
+    # resumed run too, and asks the GPU for nothing.
+    if not decoder.state:
         fit_units(model, corpus, cfg)
-    if step > last:
-        log = decoder_step(model, optimizers["decoder"], corpus, step, cfg)
-    return log
+    return decoder_step(model, decoder, corpus, step, cfg)
 
 
-def of_one_speaker(corpus, utterances, step, cfg):
-    """A batch of different `utterances` of one speaker, all of them if they are fewer than batch_size."""
+def draw_losses(model, corpus, utterances, cfg, step, draw=0):
+    """InfoNCE of a batch of `utterances`, with same-speaker negatives of those of one speaker ->
+    L_k and log J - L_k for k = 1 .. K, (K,) each, in nats."""
     rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # not the numbers of get_batch
-    utterances = utterances[corpus.speaker[utterances] == corpus.speaker[rng.choice(utterances)]]
-    return rng.permutation(utterances)[: cfg.batch_size]
+    if cfg.negatives == "same-speaker":
+        chosen = corpus.speaker[utterances] == corpus.speaker[rng.choice(utterances)]
+        utterances = utterances[chosen]
+    utterances = rng.choice(utterances, min(cfg.batch_size, len(utterances)), replace=False)
+    z, c = model(get_batch(corpus, cfg, step, draw, utterances)["wave"])
+    losses, candidates = info_nce(z, c, model.predictors, cfg)
+    return losses, math.log(candidates) - losses.detach()
 
 
 def cpc_step(model, optimizer, corpus, step, cfg):
-    """One step on the mean of Eq. (4) over k."""
-    batch = get_batch(corpus, cfg, step)
-    if cfg.negatives == "same-speaker":
-        batch = get_batch(
-            corpus, cfg, step, utterances=of_one_speaker(corpus, corpus.train, step, cfg)
-        )
-    loss, candidates = info_nce(*model(batch["wave"]), model.predictors, cfg)
+    """One update of encoder, GRU and W_k on the mean of Eq. (4) over k (U3)."""
+    losses, nats = draw_losses(model, corpus, corpus.train, cfg, step)
+    loss = losses.mean()
+
     optimizer.zero_grad()
-    loss.mean().backward()  # U3
+    loss.backward()
     optimizer.step()
-    model.fitted.fill_(0)  # c has moved
-    gain = math.log(candidates) - loss.detach()
-    return {
-        "loss": loss.mean().detach(),
-        "nats": gain.mean(),
-        **{f"nats_{k}": value for k, value in enumerate(gain, 1)},
-    }
+    by_step = {f"nats_{k}": value for k, value in enumerate(nats, 1)}
+    return {"loss": loss.detach(), "nats": nats.mean(), **by_step}
 
 
 def decoder_step(model, optimizer, corpus, step, cfg):
-    """One step of the decoder on the L1 of log-mel spectra; everything else is frozen."""
+    """One update of the decoder on the L1 error of the log-mel spectrogram (D5)."""
     batch = get_batch(corpus, cfg, step)
+    wave = batch["wave"]
     with torch.no_grad():
-        units, f0 = model.units(batch["wave"]), model.f0(batch["wave"], batch["speaker"])
-    loss = F.l1_loss(
-        model.decoder(units, f0, batch["speaker"]).float(), model.features(batch["wave"])
-    )
+        units = model.units(wave)
+        f0 = model.f0(wave, batch["speaker"])
+    mel = model.decoder(units, f0, batch["speaker"])
+    loss = F.l1_loss(mel, model.features(wave))
+
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return {"decoder_loss": loss.detach()}
 
 
-# ==================== what it is good for ====================
+# ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> z (T', C); c (T', D); units (T',), integers."""
+    """wave (N,) -> z (T, C); c (T, D); units (T,), integers."""
     z, c = model(wave[None])
-    units = assign(model.normalised(c), model.centroids)[0]
-    return {"z": z[0], "c": c[0], "units": units[0]}
+    return {"z": z[0], "c": c[0], "units": assign(c[0], model.centroids)[0]}
 
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): the source's units
-    and F0 in that voice. None resynthesises, with the training speaker who comes closest to the source."""
+    """Waves (N,) of any speakers, each with the index of a training speaker -> waves (N,): units
+    and F0 of the source in the voice of the target. None resynthesizes the source in the voice of
+    the training speaker that comes closest to it."""
+    speakers = torch.arange(model.n_speakers, device=sources[0].device)
     waves = []
-    for wave, target in zip(sources, targets):
-        units, f0 = model.units(wave[None]), model.f0(wave[None])
-        speakers = torch.arange(model.n_speakers, device=wave.device)[:, None]
+    for source, target in zip(sources, targets):
+        wave = source[None]
         if target is None:
-            mel = model.features(wave[None])
-            target = torch.stack(
-                [F.l1_loss(model.decoder(units, f0, s), mel) for s in speakers]
-            ).argmin()
-        waves.append(model.vocode(model.decoder(units, f0, speakers[target]), len(wave))[0])
+            opening = wave[:, : 10 * cfg.sample_rate]  # enough to choose by
+            error = resynthesize(model, opening, speakers) - model.features(opening)
+            target = error.abs().mean((1, 2)).argmin()
+        mel = resynthesize(model, wave, speakers[target].view(1))
+        waves.append(model.vocode(mel, len(source))[0])
     return waves
 
 
-def f0_errors(f0, truth):
-    """(T,) each, Hz, 0 unvoiced -> which frames are wrong in voicing (VDE); in that or by over 20 % (FFE)."""
-    voicing = (f0 > 0) != (truth > 0)
-    return voicing, voicing | ((f0 - truth).abs() > 0.2 * truth)
-
-
-def write_examples(model, corpus, cfg, out):
-    """Writes the first 3 s of four held-out utterances, each as it is, reconstructed, and in the
-    voice of the next speaker."""
-    utterances = corpus.held[:4]
-    waves = [corpus.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
-    voices = [(s + 1) % len(corpus.speakers) for s in corpus.speaker[utterances]]
-    made = convert(model, waves + waves, [None] * len(waves) + voices, cfg)
-    for i, u in enumerate(utterances):
-        name = f"{corpus.paths[u].stem[:60]}_as_{corpus.speakers[voices[i]][:60]}"
-        for kind, wave in zip(
-            ("source", "reconstruction", "conversion"), (waves + made)[i :: len(waves)]
-        ):
-            write_audio(out / f"{name}_{kind}.wav", wave, cfg.sample_rate)
+def resynthesize(model, wave, speakers):
+    """wave (1, N), speakers (S,) -> standardized log-mel (S, T, F): the units and F0 of the wave in
+    the voice of each, in one batch."""
+    S = len(speakers)
+    units = model.units(wave).expand(S, -1)
+    f0 = model.f0(wave).expand(S, -1)
+    return model.decoder(units, f0, speakers)
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes units.txt, the units of held-out utterances, and three of these resynthesised by their own
-    speaker, also with F0 flattened to the speaker's mean. Returns, of held-out speech: how far InfoNCE is
-    below log N; units in use, their perplexity and bits a second; errors of F0."""
-    write_examples(model, corpus, cfg, out)
-    held, nats, log_n, errors = corpus.held[:200], [], [], defaultdict(list)
-    ids = [model.units(corpus.wave(u)[None].to(cfg.device))[0] for u in held]
-    lines = [
-        f"{corpus.paths[u].stem} {' '.join(map(str, k.tolist()))}\n" for u, k in zip(held, ids)
-    ]
-    (out / "units.txt").write_text("".join(lines), errors="replace")
-    for i in range(8):
-        chosen = np.roll(corpus.held, -i * cfg.batch_size)[: cfg.batch_size]
-        if cfg.negatives == "same-speaker":
-            chosen = of_one_speaker(corpus, corpus.held, i, cfg)
-        batch = get_batch(corpus, cfg, i, draw=1000, utterances=chosen)
-        loss, candidates = info_nce(*model(batch["wave"]), model.predictors, cfg)
-        log_n.append(math.log(candidates))
-        nats.append(log_n[-1] - loss)
-    for i, u in enumerate(corpus.held[corpus.speaker[corpus.held] < model.n_speakers][:24]):
+    """Writes three held-out utterances, resynthesized with their own F0, with the speaker's mean F0
+    in voiced frames (flat_f0), and with it in all frames (hidden_voicing, D4). Returns
+    log J - L_k of held-out speech in nats, the mean and for each k."""
+    for i, u in enumerate(corpus.held[:3]):
         wave = corpus.wave(u)[None, : 3 * cfg.sample_rate].to(cfg.device)
-        s = torch.tensor([corpus.speaker[u]], device=cfg.device)
-        units, f0 = model.units(wave), model.f0(wave, s)
-        mels = {
-            "copy": model.features(wave),
-            "resynthesis": model.decoder(units, f0, s),
-            "flat_f0": model.decoder(units, (f0 > 0) * (cfg.f0_tokens // 2), s),
-        }
-        for name, mel in mels.items():
-            rebuilt = model.vocode(mel, wave.shape[1])
-            errors[name].append(torch.stack(f0_errors(yin(rebuilt, cfg)[0], yin(wave, cfg)[0])))
-            if i < 3:
-                write_audio(out / f"resynthesis_{i}_{name}.wav", rebuilt[0], cfg.sample_rate)
-    every, nats = torch.cat(ids), torch.stack(nats).mean(0).tolist()
-    share = every.unique(return_counts=True)[1] / len(every)  # of frames, of each unit in use
-    perplexity = torch.special.entr(share).sum().exp().item()
-    rate = len(every) / (corpus.length[held].sum() / cfg.sample_rate)  # units a second
-    return {
-        "nats": sum(nats) / len(nats),
-        "log_n": sum(log_n) / len(log_n),
-        "nats_by_step": {f"{k}": g for k, g in enumerate(nats, 1)},
-        "units_used": len(share),
-        "perplexity": perplexity,
-        "bits_per_second": rate * math.log2(perplexity),
-        "vde": {
-            name: torch.cat(parts, 1)[0].float().mean().item() for name, parts in errors.items()
-        },
-        "ffe": {
-            name: torch.cat(parts, 1)[1].float().mean().item() for name, parts in errors.items()
-        },
-    }
+        speaker = torch.tensor([corpus.speaker[u]], device=cfg.device)
+        f0 = model.f0(wave, speaker)
+        mean = torch.full_like(f0, cfg.f0_tokens // 2)
+        flat = torch.where(f0 > 0, mean, 0)
+        for name, f0 in {"resynthesis": f0, "flat_f0": flat, "hidden_voicing": mean}.items():
+            mel = model.decoder(model.units(wave), f0, speaker)
+            resynthesis = model.vocode(mel, wave.shape[1])
+            write_audio(out / f"held_out_{i}_{name}.wav", resynthesis[0], cfg.sample_rate)
+
+    nats = [draw_losses(model, corpus, corpus.held, cfg, i, draw=1000)[1] for i in range(8)]
+    nats = torch.stack(nats).mean(0)
+    return {"nats": nats.mean().item(), "nats_by_step": dict(enumerate(nats.tolist(), 1))}
 
 
 # ==================== shared: audio ====================

@@ -1,59 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""DIM: a critic in the decoder's place. An embedding is good if one can tell whose embedding it is.
+"""DIM: Deep InfoMax. Learns an utterance vector of speech with critics in place of a decoder.
 
-Hjelm et al., "Learning deep representations by mutual information estimation and maximization", ICLR 2019,
-arXiv:1808.06670 (DIM); --pair cross after Ravanelli and Bengio, "Learning Speaker Representations with
-Mutual Information", Interspeech 2019, arXiv:1812.00271.
+Paper    Hjelm, Fedorov, Lavoie-Marchildon, Grewal, Bachman, Trischler, Bengio. Learning Deep
+         Representations by Mutual Information Estimation and Maximization. ICLR 2019,
+         arXiv:1808.06670. --pair cross is after Ravanelli, Bengio. Learning Speaker
+         Representations with Mutual Information. Interspeech 2019, arXiv:1812.00271 (D6).
 
-The idea. Show a critic an object x and an embedding y: is y that of x? Encoder and critic learn TOGETHER to
-tell better, with one loss. The auto-encoder is the special case in which the critic decodes y and scores by
-minus the error, so that every sample of x counts; a free critic asks y only for what tells x from others.
-The best one is a log density ratio, and the loss bounds (a function of) the mutual information I of x and y.
-What the critic is shown decides what y keeps: the whole map of features, DIM(G), or each cell of it alone,
-DIM(L), and then what many cells SHARE: of speech the speaker and the channel, not the phone. CPC (cpc.py)
-asks which cell comes k steps LATER, and may take the others from the same utterance, where the voice alone is
-of no use; here time has no order and the others are other utterances. Only the prior's part is adversarial.
+Idea     A representation is good if it tells which input it came from. The encoder turns a crop of
+         speech into a map of local cells, and the map into one global vector y. A critic gets y
+         and a cell and scores whether both are of the same crop. Encoder and critic are trained
+         together, on one loss, which raises a lower bound on (a function of) the mutual
+         information of the two. What the critic sees decides what y keeps. DIM(G) shows it the
+         whole map, DIM(L) one cell at a time, which favors what all cells share: the speaker and
+         the channel rather than the phones. A second critic, the only adversarial part, moves the
+         distribution of y to a prior. CPC (cpc.py) asks which frame comes k steps later instead.
 
-    wave (B, N) -> log-mel, each band standardised: x (B, T, M)
-    x -> 3 convolutions -> local map C (B, T', D), T' = T / 4 -> 2 convolutions -> mean and deviation over
-         time -> 2 dense layers -> global vector y (B, E)
-    critic: y_i and cell t of C_j -> u (B, B, T');  P: all with i = j, matching;  Q: all with i != j
+Model    wave (B, N) -> log-mel spectrogram, each band standardized           x  (B, T, M)
+         3 convolutions over time: the local map, T' = T/4                    c  (B, T', W)
+         2 convolutions, mean and deviation over time, 2 dense layers         y  (B, S)
+         critic: y_i with cell t of c_j, for all i and j of the batch         u  (B, B, T')
 
-    jsd   E_P[log 2 - softplus(-u)] + E_Q[log 2 - softplus(u)]      2 JSD(P || Q) at best, no estimate of I
-    dv    E_P[u] - log E_Q[exp u]                                   at most I (E over all pairs, not a batch)
-    nce   log N + E_P[u - log(exp u + sum of exp u' over i's Q)]    at most log N, N = 1 + (B - 1) T'
-    L = - beta local - alpha global + gamma E[softplus(-D(q))],  q = sigmoid(y);  against it, v uniform, the
-    prior's critic lowers E[softplus(-D(v))] + E[softplus(D(q))] + penalty E |gradient of D|^2
+Loss     The bounds compare u+, the scores with i = j, to u-, those with i != j:
+         jsd   2 log 2 - mean softplus(-u+) - mean softplus(u-)                     Eq. (4)
+         dv    mean u+ - log mean exp(u-)                                           Eq. (2)
+         nce   log K + mean[u+ - log(exp(u+) + sum of exp(u-) of the same y_i)]     Eq. (5)
+         The constants, which the paper leaves out, make 0 the bound of a critic that knows
+         nothing. jsd is at most 2 log 2 and does not estimate the mutual information; nce is at
+         most log K, with K = 1 + (B - 1) T' candidates. Encoder and critics minimize, Eq. (8),
+           L = - alpha bound(global) - beta bound(local) + gamma mean softplus(-D(q)),
+         q = sigmoid(y). The prior's critic D minimizes, Eq. (7) and D7, with v uniform in [0, 1]^S,
+           mean softplus(-D(v)) + mean softplus(D(q)) + penalty mean |gradient of D|^2.
+         alpha, beta, gamma: DIM(L) 0, 1, 0.1 (default); DIM(G) 1, 0, 1; DIM(L+G) 0.5, 0.1, - (U1).
 
-    symbol   here                     shape           symbol   here                        shape
-    C(x)     encoder: local           (B, T', D)      E(x)     encoder: y, global          (B, E)
-    T(x, y)  critics["local"]: u      (B, B, T')      D        model.prior                 (B, 1)
-             critics["global"]        (B, B, 1)       P, Q     u[match], u[~match]
+Symbols  C_psi(x)   model.encoder(x)[0]: c       I_hat(x, y)   bound(u, cfg.objective)
+         E_psi(x)   model.encoder(x)[1]: y       D_phi         model.prior             (B, 1)
+         T_omega    model.critics["local"]       (B, B, T'),   model.critics["global"] (B, B, 1)
+         B crops, N samples, T frames, M mel bands, W channels of the map, S elements of y
 
-Differs from the papers. Of them we had abstracts, parts of the introduction, and DIM's authors' code (there).
-D1  Speech for images: convolutions over time, a cell per 4 frames which sees 14; decoders of log-mel, judged
-    by R2, there by SSIM. Most sizes are ours (U 1024; there 2048), batch and learning rate are theirs.
-D2  The dot critic's score is divided by sqrt(U); there it is not, and of order sqrt(U) from the start.
-D3  y is pooled over time: a whole utterance goes in at any length. There the map is flattened.
-D4  The object of DIM(G) is C pooled; there C goes through new layers like those from C to y.
-D5  In dv and nce a y's own cells are left out by a mask; there, by a constant of -10 or so in their place.
-D6  --pair cross is NOT DIM: y is of one crop, the cells of another of the same utterance, which may overlap
-    it. Ravanelli and Bengio pair two local vectors, and have no y.
-D7  The critic of `dependency` learns by JSD; there by KL, unbounded where all rows can be told apart.
-The papers do not say, or not to us
-U1  what of two utterances of a speaker in a batch: here objects like any others, and of one GPU's batch.
-U2  the x of MINE: here the middle frame of the crop, the same for every encoder.
+Differs from the paper
+D1  Speech replaces images: the encoder convolves over time, and a cell sees 14 frames. Most sizes
+    are ours (U = 1024 in the dot critic, 2048 in the authors' code, whose batch and rate we use).
+D2  The score of the dot critic is divided by sqrt(U). In the authors' code it is not, and by
+    default the branch of y has no layer norm.
+D3  y is pooled over time, so that an utterance of any length has one. The paper flattens the map.
+D4  For DIM(G) the critic gets the map pooled over time. The paper's gets the flattened map.
+D5  In dv and nce a mask leaves out the cells with i = j. The authors' code sets them to about -10.
+D6  --pair cross is not DIM: y and the cells are of two crops of one utterance. Ravanelli and Bengio
+    pair two local vectors, and minimize the binary cross-entropy, which is jsd up to constants.
+D7  The encoder's prior loss and the gradient penalty are those of the authors' code. In Eq. (7)
+    the encoder minimizes mean log(1 - sigmoid(D(q))), which is flat where the critic is sure.
+D8  The paper measures y by MINE between the whole input and y, by the dependence of its elements,
+    and by the MS-SSIM of a decoder. Here there is only a decoder of the frozen y, to listen to.
+Not specified in the paper
+U1  The gamma of DIM(L+G): here 0.1, as in DIM(L).
+U2  What two utterances of one speaker in a batch are: here negatives, as any two.
 
-The log shows the bounds, 0 where the critic knows nothing, and their ceilings (dv has none: log of how many
-do not match). A higher bound is not a better embedding. prior_critic_loss is 1.39 (and its penalty),
-prior_loss 0.69 where the prior's critic knows nothing. In run.json metrics.mine is I of y and a frame,
-metrics.dependency the total correlation of the dimensions of y, both by new critics; r2_*: what decoders
-make of y; nearest: how often the nearest utterance is of the same speaker.
-
-    python dim.py                                       a toy corpus, a minute on two CPU cores
-    python dim.py --data DIR --test DIR2                any folder of audio, our full size, for a GPU
-    python dim.py convert --checkpoint runs/a --source a.wav --output c.wav      what y retains of a.wav
-"""
+Usage    python dim.py                               toy corpus, under a minute on two CPU cores
+         python dim.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
+         python dim.py convert --checkpoint RUN --source a.wav --output b.wav     what y keeps of a
+         In the log, decoder_loss is the squared error relative to the variance of a mel band."""
 
 import argparse
 import contextlib
@@ -116,19 +121,19 @@ class Config:
     save_every: int = 5000  # steps between checkpoints
 
     objective: Literal["jsd", "dv", "nce"] = "jsd"  # the bound that encoder and critics raise
-    pair: Literal["same", "cross"] = "same"  # y and the cells are of one crop (DIM), or of two (D6)
+    pair: Literal["same", "cross"] = "same"  # y and cells: of one crop (DIM), or of two (D6)
     critic: Literal["dot", "concat"] = "dot"  # encode-and-dot, or concatenate-and-convolve
-    alpha: float = 0.0  # weight of the global bound, DIM(G)
-    beta: float = 1.0  # weight of the local bound, DIM(L)
-    gamma: float = 0.1  # weight of matching sigmoid(y) to the uniform prior; 0: no prior
-    penalty: float = 1.0  # weight of the prior critic's gradient penalty
-    infomax_share: float = 0.98  # of the steps are for the encoder, the rest for the decoders
-    channels: int = 256  # D, of the local map
-    d_global: int = 64  # E, size of the global vector
-    hidden: int = 1024  # of the dense layer before the global vector
+    alpha: float = 0.0  # weight of the global bound; DIM(G): 1, DIM(L+G): 0.5
+    beta: float = 1.0  # weight of the local bound; DIM(G): 0, DIM(L+G): 0.1
+    gamma: float = 0.1  # weight of the prior, 0 for none; DIM(G): 1, DIM(L+G): see U1
+    penalty: float = 1.0  # weight of the gradient penalty of the prior's critic
+    infomax_share: float = 0.98  # share of the steps for the encoder; the decoder has the rest
+    channels: int = 256  # W, of the local map
+    d_global: int = 64  # S, size of the global vector
+    hidden: int = 1024  # units of the dense layer before the global vector
     units: int = 1024  # U, of the dot critic
-    concat_units: int = 512  # of the concatenating critics, that of MINE included
-    decoder_channels: int = 128  # of the decoders
+    concat_units: int = 512  # units of the concat critic
+    decoder_channels: int = 128  # of the decoder
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -142,7 +147,7 @@ class Config:
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.batch_size < 2 or self.crop < 8 * self.hop or not self.alpha + self.beta:
             raise UserError(
-                "DIM needs --batch-size 2, --crop 8 times --hop, and --alpha or --beta above 0; raise it"
+                "DIM needs --batch-size 2, --crop 8 hops, --alpha or --beta above 0; raise it"
             )
 
 
@@ -165,121 +170,131 @@ TOY = dict(
     concat_units=64,
     decoder_channels=64,
 )
-TARGET = ""  # there is one vector, not two: nothing to convert with
+TARGET = ""  # convert takes no target: there is one vector for an utterance, and only it is decoded
 
 
-# ==================== the model ====================
+# ---------- model ----------
 def pool(h):
-    """D3: (B, T, C) -> mean and deviation over time (B, 2 C): the order of things is dropped."""
+    """h (B, T, C) -> mean and standard deviation over time (B, 2 C), which drop the order (D3)."""
     h = h.float()  # also under autocast
-    return torch.cat([h.mean(1), (h.var(1, correction=0) + 1e-5).sqrt()], 1)
+    variance = h.var(1, correction=0) + 1e-5
+    return torch.cat([h.mean(1), variance.sqrt()], 1)
+
+
+def conv(c_in, c_out, kernel, stride=1):
+    """(B, c_in, T) -> (B, c_out, T / stride): convolution over time, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv1d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False),
+        nn.BatchNorm1d(c_out),
+        nn.ReLU(),
+    )
 
 
 class Encoder(nn.Module):
-    """x (B, T, M) -> local map C (B, T', D), a cell of which sees 14 frames (D1); global vector y (B, E)."""
+    """x (B, T, M) -> local map c (B, T', W) and global vector y (B, S)."""
 
     def __init__(self, cfg):
         super().__init__()
-        D, H = cfg.channels, cfg.hidden
-
-        def conv(c_in, c_out, kernel, stride=1):
-            return nn.Sequential(
-                nn.Conv1d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False),
-                nn.BatchNorm1d(c_out),
-                nn.ReLU(),
-            )
-
-        self.local = nn.Sequential(conv(cfg.n_mels, D, 5), conv(D, D, 4, 2), conv(D, D, 4, 2))
-        self.rest = nn.Sequential(conv(D, 2 * D, 3), conv(2 * D, 2 * D, 3, 2))
+        W = cfg.channels
+        # D1: a cell sees 5 + 3 + 2 * 3 = 14 frames, and there is one every 4 frames.
+        self.local = nn.Sequential(
+            conv(cfg.n_mels, W, 5), conv(W, W, 4, stride=2), conv(W, W, 4, stride=2)
+        )
+        self.rest = nn.Sequential(conv(W, 2 * W, 3), conv(2 * W, 2 * W, 3, stride=2))
         self.dense = nn.Sequential(
-            nn.Linear(4 * D, H, bias=False),
-            nn.BatchNorm1d(H),
+            nn.Linear(4 * W, cfg.hidden, bias=False),
+            nn.BatchNorm1d(cfg.hidden),
             nn.ReLU(),
-            nn.Linear(H, cfg.d_global),
+            nn.Linear(cfg.hidden, cfg.d_global),
         )
 
     def forward(self, x):
-        t = (
-            torch.arange(max(4, x.shape[1]), device=x.device) % x.shape[1]
-        )  # one cell at least: x repeated
-        c = self.local(x[:, t].mT)  # (B, D, T')
-        return c.mT, self.dense(pool(self.rest(c).mT)).float()
+        if x.shape[1] < 4:  # repeated, so that there is one cell
+            x = x.repeat(1, 4, 1)[:, :4]
+        c = self.local(x.mT)  # (B, W, T')
+        y = self.dense(pool(self.rest(c).mT))
+        return c.mT, y.float()
 
 
 class Branch(nn.Module):
-    """(.., d) -> (.., U), one side of the dot critic: two dense layers beside a shortcut, then LayerNorm."""
+    """One side of the dot critic: (.., d) -> (.., U). A hidden layer beside a linear shortcut,
+    nearly the identity at first, then layer norm."""
 
     def __init__(self, d, U):
         super().__init__()
-        self.enter, self.norm, self.leave = (
-            nn.Linear(d, U, bias=False),
-            nn.BatchNorm1d(U),
-            nn.Linear(U, U),
-        )
-        self.shortcut, self.layer_norm = nn.Linear(d, U, bias=False), nn.LayerNorm(U)
-        self.shortcut.weight.data.uniform_(-0.01, 0.01).fill_diagonal_(
-            1
-        )  # at first nearly the identity
+        self.enter = nn.Linear(d, U, bias=False)
+        self.norm = nn.BatchNorm1d(U)
+        self.leave = nn.Linear(U, U)
+        self.shortcut = nn.Linear(d, U, bias=False)
+        self.layer_norm = nn.LayerNorm(U)
+        self.shortcut.weight.data.uniform_(-0.01, 0.01).fill_diagonal_(1)
 
     def forward(self, x):
-        h = self.norm(self.enter(x).flatten(0, -2)).relu().view(*x.shape[:-1], -1)
+        h = self.enter(x)
+        h = self.norm(h.flatten(0, -2)).view_as(h).relu()
         return self.layer_norm(self.leave(h) + self.shortcut(x))
 
 
 class DotCritic(nn.Module):
-    """Encode-and-dot: cells (B, T, d), vectors (B, e) -> u (B, B, T), of vector i with cell t of object j."""
+    """Encode-and-dot: cells (B, T, d), vectors (B, S) -> u (B, B, T), u[i, j, t] of vector i with
+    cell t of j."""
 
-    def __init__(self, d, e, U):
+    def __init__(self, d, S, U):
         super().__init__()
-        self.cell, self.vector = Branch(d, U), Branch(e, U)
+        self.cell = Branch(d, U)
+        self.vector = Branch(S, U)
 
     @torch.autocast("cuda", enabled=False)  # scores in float32
     def forward(self, c, y):
-        c, y = self.cell(c.float()), self.vector(y)
+        c = self.cell(c.float())
+        y = self.vector(y)
         return torch.einsum("iu,jtu->ijt", y, c) / c.shape[-1] ** 0.5  # D2
 
 
 class ConcatCritic(nn.Module):
-    """Concatenate-and-convolve, likewise. Its first layer, a sum, is computed B T + B times, not B B T."""
+    """Concatenate-and-convolve: cells (B, T, d), vectors (B, S) -> u (B, B, T), as DotCritic. Two
+    hidden layers. The first is a sum, of which each part is computed once and not for each pair."""
 
-    def __init__(self, d, e, H):
+    def __init__(self, d, S, hidden):
         super().__init__()
-        self.cell, self.vector = nn.Linear(d, H), nn.Linear(e, H, bias=False)
-        self.rest = nn.Sequential(nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, 1))
+        self.cell = nn.Linear(d, hidden)
+        self.vector = nn.Linear(S, hidden, bias=False)
+        self.rest = nn.Sequential(
+            nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
 
     @torch.autocast("cuda", enabled=False)
     def forward(self, c, y):
-        return self.rest(self.cell(c.float())[None] + self.vector(y)[:, None, None])[..., 0]
+        h = self.cell(c.float()) + self.vector(y)[:, None, None]  # (B, B, T, hidden)
+        return self.rest(h)[..., 0]
 
 
-def discriminator(d):
-    """(B, d) -> (B, 1): the critic of the prior, and of the dependence of the dimensions of y."""
+def prior_critic(S):
+    """q (B, S) -> (B, 1): high for draws of the prior."""
     return nn.Sequential(
-        nn.Linear(d, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1)
+        nn.Linear(S, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(), nn.Linear(200, 1)
     )
 
 
 class Decoder(nn.Module):
-    """y (B, E) -> x^ (B, T, M), T the frames of a crop. It only listens: no gradient reaches y. Standardised
-    in front, for the untrained y varies by 1e-4 and less."""
+    """y (B, S) -> x_hat (B, T, M), with the T frames of a crop. It lets us hear what y keeps (D8).
+    No gradient of it reaches the encoder."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.frames, c = cfg.crop // cfg.hop, cfg.decoder_channels
-
-        def up(out):
-            return nn.ConvTranspose1d(c, out, 4, 2, 1)  # doubles T
-
+        self.frames = cfg.crop // cfg.hop
+        C = cfg.decoder_channels
+        eighth = ceil(self.frames / 8)
         self.net = nn.Sequential(
-            nn.BatchNorm1d(cfg.d_global, eps=1e-12, affine=False),
-            nn.Linear(cfg.d_global, c * -(-self.frames // 8)),
+            nn.BatchNorm1d(cfg.d_global, affine=False),
+            nn.Linear(cfg.d_global, C * eighth),
             nn.ReLU(),
-            nn.Unflatten(1, (c, -1)),
-            up(c),
+            nn.Unflatten(1, (C, eighth)),
+            nn.ConvTranspose1d(C, C, 4, stride=2, padding=1),
             nn.ReLU(),
-            up(c),
+            nn.ConvTranspose1d(C, C, 4, stride=2, padding=1),
             nn.ReLU(),
-            up(cfg.n_mels),
+            nn.ConvTranspose1d(C, cfg.n_mels, 4, stride=2, padding=1),
         )
 
     def forward(self, y):
@@ -287,31 +302,26 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """Encoder, critics, and for listening a decoder of the frozen y; beside it the control: the encoder as it
-    was before training, BatchNorm being the identity, with a decoder of its own."""
+    """Encoder, critics and decoder, and the mean and deviation of each mel band. n_speakers is not
+    used: the method needs no labels."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        self.cfg, D, E = cfg, cfg.channels, cfg.d_global
+        self.cfg = cfg
         self.register_buffer("mean", torch.zeros(cfg.n_mels))
         self.register_buffer("std", torch.ones(cfg.n_mels))
-        self.encoder, self.control = Encoder(cfg), Encoder(cfg).requires_grad_(False)
-        Critic, width = (
-            (DotCritic, cfg.units) if cfg.critic == "dot" else (ConcatCritic, cfg.concat_units)
-        )
-        objects = (
-            ("local", D, cfg.beta),
-            ("global", 2 * D, cfg.alpha),
-        )  # D4: the latter is C, pooled
-        self.critics = nn.ModuleDict(
-            {level: Critic(d, E, width) for level, d, weight in objects if weight}
-        )
-        self.prior = discriminator(E)
-        self.decoder, self.control_decoder = Decoder(cfg), Decoder(cfg)
+        self.encoder = Encoder(cfg)
+        self.critics = nn.ModuleDict()
+        if cfg.beta:
+            self.critics["local"] = make_critic(cfg, cfg.channels)
+        if cfg.alpha:
+            self.critics["global"] = make_critic(cfg, 2 * cfg.channels)  # D4: mean and deviation
+        self.prior = prior_critic(cfg.d_global)
+        self.decoder = Decoder(cfg)
 
     def features(self, wave):
-        """(B, N) -> x (B, T, M), T = 1 + N // hop: log-mel, each band standardised over the training set, not
-        over the utterance, which would delete much of the speaker."""
+        """(B, N) -> x (B, T, M), T = 1 + N // hop: log-mel, each band standardized over the corpus.
+        Statistics of the utterance itself would remove much of the speaker."""
         return (log_mel(wave, self.cfg) - self.mean) / self.std
 
     def crops(self, wave):
@@ -319,330 +329,210 @@ class Model(nn.Module):
         return self.features(wave)[:, : self.cfg.crop // self.cfg.hop]
 
     def vocode(self, x, samples):
-        """(B, T, M) -> (B, samples): undoes `features`, with phases by Griffin-Lim."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
+        """x (B, T, M) -> wave (B, samples): the inverse of `features`, phases by Griffin-Lim."""
+        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
 
 
-# ==================== the objective ====================
+def make_critic(cfg, d):
+    """The critic of --critic, for cells (B, T, d) or, with T = 1, whole maps."""
+    if cfg.critic == "dot":
+        return DotCritic(d, cfg.d_global, cfg.units)
+    return ConcatCritic(d, cfg.d_global, cfg.concat_units)
+
+
+# ---------- loss and training step ----------
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every mel band, over at most 5000 utterances."""
-    n, total, squares = 0, 0, 0
+    """Sets mean and deviation of every mel band from at most 5,000 training utterances."""
+    frames, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
         x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, M)
-        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
-    model.mean.copy_(total / n)
-    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-2).sqrt())
-    model.control.load_state_dict(model.encoder.state_dict())  # the encoder as it is untrained
+        frames += len(x)
+        total += x.sum(0)
+        squares += x.square().sum(0)
+
+    mean = total / frames
+    variance = squares / frames - mean.square()
+    model.mean.copy_(mean)
+    model.std.copy_(variance.clamp(min=0.1**2).sqrt())
 
 
 def make_optimizers(model, cfg):
-    """Encoder and critics work TOGETHER, the prior's critic against the encoder; the decoders only listen."""
-
-    def adam(*nets):
-        return torch.optim.Adam([p for net in nets for p in net.parameters()], cfg.lr, fused=True)
-
-    return {
-        "encoder": adam(model.encoder, model.critics),
-        "prior": adam(model.prior),
-        "decoder": adam(model.decoder, model.control_decoder),
+    """One Adam for encoder and critics, which cooperate, one for the prior's critic, which plays
+    against the encoder, and one for the decoder."""
+    trained = {
+        "encoder": [*model.encoder.parameters(), *model.critics.parameters()],
+        "prior": model.prior.parameters(),
+        "decoder": model.decoder.parameters(),
     }
+    return {name: torch.optim.Adam(p, cfg.lr, fused=True) for name, p in trained.items()}
 
 
 def bound(u, objective):
-    """u (B, B, T), scores of vector i with cell t of object j, matching where i = j -> the bound, which is to
-    be raised, and its ceiling; for dv, which has none, log of how many do not match, the most it can show."""
-    B, T = u.shape[1:]
-    match = torch.eye(B, dtype=torch.bool, device=u.device)  # U1: no look at who speaks
-    p = u.diagonal(dim1=0, dim2=1).T  # (B, T)
-    q = u.flatten(0, 1)[1:].view(B - 1, B + 1, T)[:, :-1]  # what lies between the diagonal's cells
-    if objective == "jsd":  # at best 2 JSD(p || q)
-        return (math.log(2) - F.softplus(-p)).mean() + (
-            math.log(2) - F.softplus(q)
-        ).mean(), 2 * math.log(2)
-    if objective == "dv":
-        return p.mean() - (q.flatten().logsumexp(0) - math.log(q.numel())), math.log(q.numel())
-    others = (
-        u.masked_fill(match[..., None], -math.inf).flatten(1).logsumexp(1)
-    )  # D5: (B,), not its own
-    log_n = math.log(1 + (B - 1) * T)
-    return log_n - (torch.logaddexp(p, others[:, None]) - p).mean(), log_n
+    """The bound of --objective, which is to be raised, from scores u (B, B, T') of vector i with
+    cell t of crop j."""
+    B, _, T = u.shape
+    matching = u.diagonal(dim1=0, dim2=1).T  # (B, T')
+    # D5: exp and softplus are 0 where the mask is. U2: nothing but i = j is left out.
+    own = torch.eye(B, dtype=torch.bool, device=u.device)[..., None]
+    others = u.masked_fill(own, -math.inf)
+    n_others = B * (B - 1) * T
+
+    if objective == "jsd":  # Eq. (4)
+        negative = F.softplus(others).sum() / n_others
+        return 2 * math.log(2) - F.softplus(-matching).mean() - negative
+
+    if objective == "dv":  # Eq. (2): one logarithm of one mean over the batch
+        return matching.mean() - (others.flatten().logsumexp(0) - math.log(n_others))
+
+    # Eq. (5): the K candidates for cell t are itself and all cells of the other crops.
+    log_k = math.log(1 + (B - 1) * T)
+    log_sum = others.flatten(1).logsumexp(1, keepdim=True)  # (B, 1)
+    return log_k + (matching - torch.logaddexp(matching, log_sum)).mean()
+
+
+@torch.autocast("cuda", enabled=False)  # in float32, as is prior_loss
+def prior_critic_loss(critic, real, fake, penalty):
+    """What the prior's critic minimizes: minus Eq. (7), plus the weighted penalty (D7). `real` are
+    draws of the prior (B, S), `fake` is sigmoid(y). A critic that knows nothing has 2 log 2."""
+    real = real.detach().requires_grad_()  # new tensors: the caller's are not marked
+    fake = fake.detach().requires_grad_()
+    d_real = critic(real)
+    d_fake = critic(fake)
+    gradients = torch.autograd.grad(d_real.sum() + d_fake.sum(), [real, fake], create_graph=True)
+    squared_norm = torch.cat(gradients).square().sum(1)  # (2 B,)
+    loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+    return loss + penalty * squared_norm.mean()
 
 
 @torch.autocast("cuda", enabled=False)
-def prior_critic_loss(critic, real, fake, weight):
-    """(B, E) draws of the prior and of sigmoid(y), detached: y learns nothing here -> the loss of the prior's
-    critic, 2 log 2 where it knows nothing, and on top the mean square of its gradient's norm."""
-    real, fake = real.requires_grad_(), fake.requires_grad_()
-    d_real, d_fake = critic(real), critic(fake)
-    gradient = torch.autograd.grad(d_real.sum() + d_fake.sum(), [real, fake], create_graph=True)
-    penalty = torch.cat(gradient).square().sum(1).mean()
-    return F.softplus(-d_real).mean() + F.softplus(d_fake).mean() + weight * penalty
-
-
 def prior_loss(critic, q):
-    """What the encoder lowers, of q = sigmoid(y) (B, E): log 2 where the critic knows nothing. NOT minus what
-    the critic lowers, which is flat where it is sure ("non-saturating"), nor plus, which flees the prior."""
-    return F.softplus(-critic(q).float()).mean()
+    """What the encoder minimizes, of q = sigmoid(y) (B, S). The critic gives a logit, so this is
+    - log sigmoid(D(q)), in place of the log(1 - sigmoid(D(q))) of Eq. (7) (D7)."""
+    return F.softplus(-critic(q)).mean()
+
+
+def draw_crops(model, corpus, cfg, step, draw=0, utterances=None):
+    """-> x (B, T, M): a crop of each utterance of a batch. With --pair cross x (2 B, T, M): another
+    crop of each comes after them (D6); the two may overlap."""
+    if cfg.pair == "cross":
+        if utterances is None:
+            rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # other than get_batch's
+            utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
+        utterances = np.tile(utterances, 2)
+    return model.crops(get_batch(corpus, cfg, step, draw, utterances)["wave"])
 
 
 def scores(model, x, cfg):
-    """x (B, T, M), or two crops of each utterance (2 B, T, M) -> scores by level {"local": (B, B, T'),
-    "global": (B, B, 1)}, and y (B, E). Both crops go in at once, lest BatchNorm tell them apart."""
-    c, y = model.encoder(x)
-    B = len(x) // (2 if cfg.pair == "cross" else 1)
-    c, y = c[-B:], y[:B]  # D6: of different crops
-    objects = {"local": c, "global": pool(c)[:, None]}
-    return {level: critic(objects[level], y) for level, critic in model.critics.items()}, y
-
-
-def segments(model, corpus, cfg, step, draw=0, utterances=None):
-    """-> x (B, T, M), with --pair cross (2 B, T, M): crops of a batch, then other crops of the same."""
-    if cfg.pair == "cross" and utterances is None:
-        rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # not the numbers of get_batch
-        utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
-    x = model.crops(get_batch(corpus, cfg, step, draw, utterances)["wave"])
-    if cfg.pair == "cross":
-        again = get_batch(corpus, cfg, step, draw + 1, utterances)
-        x = torch.cat([x, model.crops(again["wave"])])
-    return x
+    """x of draw_crops -> {"local": u (B, B, T'), "global": u (B, B, 1)}, those of them that have a
+    weight, and y (B, S)."""
+    c, y = model.encoder(x)  # both crops in one call, so that batch norm cannot tell them apart
+    B = len(x) // 2 if cfg.pair == "cross" else len(x)
+    y = y[:B]
+    c = c[-B:]  # D6: with --pair cross, of the other crops
+    seen = {"local": c, "global": pool(c)[:, None]}  # D4
+    return {level: critic(seen[level], y) for level, critic in model.critics.items()}, y
 
 
 def train_step(model, optimizers, corpus, step, cfg):
-    """One step of encoder and critics, and before it one of the prior's critic; at last of the decoders."""
+    """One step of DIM or, in the last steps of training, of the decoder of the frozen y."""
     if step >= max(1, round(cfg.infomax_share * cfg.steps)):
-        return decoder_step(model, optimizers["decoder"], corpus, step, cfg)
-    u, y = scores(model, segments(model, corpus, cfg, step), cfg)
-    weight, loss, log = {"local": cfg.beta, "global": cfg.alpha}, 0, {}
-    for level in u:
-        value, ceiling = bound(u[level], cfg.objective)
-        loss = loss - weight[level] * value
-        log |= {level: value.detach(), f"{level}_ceiling": torch.full_like(value, ceiling)}
+        x = model.crops(get_batch(corpus, cfg, step)["wave"])
+        return decoder_step(model, optimizers, x)
+    return infomax_step(model, optimizers, draw_crops(model, corpus, cfg, step), cfg)
+
+
+def infomax_step(model, optimizers, x, cfg):
+    """One update of the prior's critic, then one of encoder and critics, Eq. (8)."""
+    u, y = scores(model, x, cfg)
+    weights = {"local": cfg.beta, "global": cfg.alpha}
+    log = {level: bound(u[level], cfg.objective) for level in u}
+    loss = -sum(weights[level] * value for level, value in log.items())
+
     if cfg.gamma:
         q = y.sigmoid()
-        critic_loss = prior_critic_loss(model.prior, torch.rand_like(q), q.detach(), cfg.penalty)
+        critic_loss = prior_critic_loss(model.prior, torch.rand_like(q), q, cfg.penalty)
         optimizers["prior"].zero_grad()
         critic_loss.backward()
         optimizers["prior"].step()
-        prior = prior_loss(model.prior, q)
-        loss = loss + cfg.gamma * prior
-        log |= {"prior_critic_loss": critic_loss.detach(), "prior_loss": prior.detach()}
+
+        log["prior_critic_loss"] = critic_loss
+        log["prior_loss"] = prior_loss(model.prior, q)
+        loss = loss + cfg.gamma * log["prior_loss"]
+
     optimizers["encoder"].zero_grad()
-    loss.backward(inputs=[p for net in (model.encoder, model.critics) for p in net.parameters()])
+    # `inputs` keeps the gradient of the encoder's loss out of the prior's critic.
+    loss.backward(inputs=[*model.encoder.parameters(), *model.critics.parameters()])
     optimizers["encoder"].step()
-    return {"loss": loss.detach()} | log
+    return {name: value.detach() for name, value in {"loss": loss, **log}.items()}
 
 
-def decoder_step(model, optimizer, corpus, step, cfg):
-    """One step of both decoders on the squared error, the encoders frozen, BatchNorm included."""
-    x = model.crops(get_batch(corpus, cfg, step)["wave"])
-    with torch.no_grad(), torch.autocast("cuda", enabled=False):
-        y, untrained = model.encoder.eval()(x)[1], model.control.eval()(x)[1]
+def decoder_step(model, optimizers, x):
+    """One update of the decoder on the squared error of x (B, T, M)."""
+    with torch.no_grad():
+        _, y = model.encoder.eval()(x)  # eval: frozen, batch norm included
     loss = F.mse_loss(model.decoder(y).float(), x)
-    control_loss = F.mse_loss(model.control_decoder(untrained).float(), x)
-    optimizer.zero_grad()
-    (loss + control_loss).backward()
-    optimizer.step()
-    return {"decoder_loss": loss.detach(), "untrained_decoder_loss": control_loss.detach()}
+    optimizers["decoder"].zero_grad()
+    loss.backward()
+    optimizers["decoder"].step()
+    return {"decoder_loss": loss.detach()}
 
 
-# ==================== what it is good for ====================
+# ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> local (T', D), a cell for 4 frames; global (E,), pooled over the whole utterance."""
+    """wave (N,) -> local (T', W), the map; global (S,), the y of the whole utterance."""
     c, y = model.encoder(model.features(wave[None]))
     return {"local": c[0], "global": y[0]}
 
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,) -> waves (N,): what y retains of each crop's length of the source, decoded. No targets."""
-    waves, frames = [], cfg.crop // cfg.hop
+    """Waves (N,) -> waves (N,): what y keeps of each source. The source is cut into crops, the last
+    one filled up from the beginning, and each is encoded and decoded. There are no targets."""
+    frames = cfg.crop // cfg.hop
+    waves = []
     for wave in sources:
         x = model.features(wave[None])[0]  # (T, M)
-        at = torch.arange(-(-len(x) // frames) * frames, device=x.device) % len(x)
-        y = model.encoder(x[at].unflatten(0, (-1, frames)))[1]  # (crops, E)
-        waves.append(model.vocode(model.decoder(y).flatten(0, 1)[None, : len(x)], len(wave))[0])
+        crops = ceil(len(x) / frames)
+        index = torch.arange(crops * frames, device=x.device) % len(x)
+        _, y = model.encoder(x[index].unflatten(0, (crops, frames)))  # (crops, S)
+        x_hat = model.decoder(y).flatten(0, 1)[: len(x)]
+        waves.append(model.vocode(x_hat[None], len(wave))[0])
     return waves
-
-
-def retrieve(model, corpus, cfg, out):
-    """Ranks held-out utterances, those of training speakers included, by the cosine of their centred vectors
-    to that of an utterance of corpus.test. Writes the five nearest to and farthest from one of each of four
-    speakers, and retrieval.txt. Returns how often the nearest, and one at random, is of the same speaker."""
-    test, us = corpus.test, corpus.test.held[:200]
-    rows = [(test, u) for u in us] + [(corpus, u) for u in corpus.held[:200] if test is not corpus]
-    names = [c.speakers[c.speaker[u]] for c, u in rows]
-    who = torch.from_numpy(np.unique(names, return_inverse=True)[1])
-    same, found, lines = (who[: len(us), None] == who).fill_diagonal_(False), {}, []
-    nets = {
-        "log_mel": lambda x: (x, x.mean(1)),
-        "untrained": model.control,
-        "global": model.encoder,
-    }
-    for name, net in nets.items():
-        y = torch.cat([net(model.features(c.wave(u)[None].to(cfg.device)))[1] for c, u in rows])
-        y = F.normalize(y - y.mean(0), dim=1)
-        cosine = (y[: len(us)] @ y.T).cpu().fill_diagonal_(2)  # first of all: the query itself
-        ranked = cosine.argsort(1, descending=True)
-        found[name] = same.gather(1, ranked[:, :2]).any(1).float().mean().item()
-    for n, i in enumerate(np.unique(who[: len(us)], return_index=True)[1][:4]):
-        order = ranked[i].tolist()
-        for kind, js in (
-            ("query", order[:1]),
-            ("nearest", order[1:6]),
-            ("farthest", order[:0:-1][:5]),
-        ):
-            for k, j in enumerate(js):
-                c, u = rows[j]
-                name = f"retrieval_{n}_{kind}_{k}_{c.speakers[c.speaker[u]]}.wav"
-                write_audio(out / name, c.wave(u), cfg.sample_rate)
-                lines.append(f"{name} {c.paths[u].stem} {cosine[i, j].clamp(max=1):.3f}\n")
-    (out / "retrieval.txt").write_text("".join(lines), errors="replace")
-    return found | {"chance": same.float().sum(1).mean().item() / max(1, len(rows) - 1)}
-
-
-def train_critic(critic, gain, n, cfg):
-    """A new critic of frozen vectors: 300 steps of Adam that raise gain(rows), random rows of 0 .. n - 1."""
-    optimizer = torch.optim.Adam(critic.parameters(), 1e-3)
-    for _ in range(300):
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            (-gain(torch.randperm(n, device=cfg.device)[: cfg.batch_size])).backward()
-        optimizer.step()
-
-
-def mine(x, y, x_held, y_held, size, cfg):
-    """Rows x (n, d), y (n, e) -> nats of I(x; y): DV of a new critic on batches of held-out rows; ceiling."""
-    critic = ConcatCritic(x.shape[1], y.shape[1], cfg.concat_units).to(cfg.device)
-
-    def judge(x, y):
-        return bound(critic(x[:, None], y), "dv")
-
-    train_critic(critic, lambda i: judge(x[i], y[i])[0], len(x), cfg)
-    values, ceilings = zip(*map(judge, x_held.split(size), y_held.split(size)))
-    return torch.stack(values).mean().item(), ceilings[0]
-
-
-def shuffled(y):
-    """(n, E) -> (n, E): every column in an order of its own: the same marginals, independent."""
-    return y.gather(0, torch.rand_like(y).argsort(0))
-
-
-def dependency(y, y_held, cfg):
-    """Neural dependency measure, rows (n, E) -> nats of total correlation of the columns: DV of a new critic
-    that tells held-out rows from shuffled ones (D7), cut at log of the number of these; and this ceiling."""
-    critic = discriminator(y.shape[1]).to(cfg.device)
-    train_critic(
-        critic, lambda i: -prior_critic_loss(critic, y[i], shuffled(y[i]), 0.0), len(y), cfg
-    )
-    many = shuffled(y_held.repeat(8, 1))
-    ceiling = math.log(len(many))
-    return min(
-        (critic(y_held).mean() - critic(many).logsumexp(0)).item() + ceiling, ceiling
-    ), ceiling
-
-
-def batch_of(utterances, i, cfg):
-    """The i-th batch_size of them, round and round; all where there are fewer, but two at least."""
-    size = max(2, min(cfg.batch_size, len(utterances)))
-    return np.resize(np.roll(utterances, -i * size), size)
-
-
-def gather(model, corpus, us, count, cfg):
-    """`count` batches of crops of us -> x (n, T, M), {"untrained", "global": y (n, E)}."""
-    xs = [
-        model.crops(get_batch(corpus, cfg, i, 2000, batch_of(us, i, cfg))["wave"])
-        for i in range(count)
-    ]
-    nets = {"untrained": model.control, "global": model.encoder}
-    return torch.cat(xs), {name: torch.cat([net(x)[1] for x in xs]) for name, net in nets.items()}
-
-
-def explained(x, rebuilt):
-    """x (n, T, M), {name: x^} -> {part: {name: R2}}, R2 = 1 - squared error / variance about the mean of each
-    band, of all, of the average over the crop, and of what varies about that."""
-
-    def parts(e):
-        return {
-            "all": e,
-            "long_term": e.mean(1),
-            "time_varying": e - e.mean(1, keepdim=True),
-        }
-
-    def power(e):
-        return {part: v.square().mean().item() for part, v in parts(e).items()}
-
-    total = power(x - x.mean((0, 1)))
-    error = {name: power(guess - x) for name, guess in rebuilt.items()}
-    return {part: {name: 1 - e[part] / total[part] for name, e in error.items()} for part in total}
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """There is no p(x | y) to draw from. What there is: retrieval; test crops decoded from the frozen y, the
-    untrained one and another utterance's (permuted); and, where the law of y is the prior, draws of it. All
-    figures are of held-out speech, R2 also of --test; only the prior is compared with y of training."""
-    torch.manual_seed(cfg.seed)
-    metrics = {
-        "nearest": retrieve(model, corpus, cfg, out),
-        "bound": {},
-        "mine": {},
-        "dependency": {},
-    }
-    batches = [
-        segments(model, corpus, cfg, i, 1000, batch_of(corpus.held, i, cfg)) for i in range(8)
-    ]
-    us = [scores(model, x, cfg)[0] for x in batches]
+    """DIM has no p(x|y); the reconstructions of `write_examples` are what y keeps. Where there is a
+    prior, this decodes three draws of it, which sound like speech if sigmoid(y) is near it. Returns
+    the bounds, over 8 batches of held-out speech at most, and how far an element of sigmoid(y) is
+    from the prior: the largest error of a mean (of 1/2) and of a variance (of 1/12)."""
+    held = np.resize(corpus.held, max(2, len(corpus.held)))  # one alone has no negatives
+    size = min(cfg.batch_size, len(held))
+    batches = []
+    for i in range(min(8, len(held) // size)):
+        utterances = held[i * size : (i + 1) * size]
+        x = draw_crops(model, corpus, cfg, i, 1000, utterances)
+        batches.append(scores(model, x, cfg))
+
+    bounds = {}
     for level in model.critics:
-        values, ceilings = zip(*(bound(u[level], cfg.objective) for u in us))
-        metrics["bound"] |= {
-            level: sum(map(float, values)) / len(us),
-            f"{level}_ceiling": ceilings[0],
-        }
+        values = [bound(u[level], cfg.objective).item() for u, _ in batches]
+        bounds[level] = sum(values) / len(values)
 
-    x, ys = gather(model, corpus, corpus.train, 128, cfg)
-    x_held, ys_held = gather(model, corpus, corpus.held, 16, cfg)
-    x, x_held, size = (
-        x[:, x.shape[1] // 2],
-        x_held[:, x.shape[1] // 2],
-        len(x_held) // 16,
-    )  # U2: (n, M)
-    for name, y in ys.items():
-        mean, std = y.mean(0), y.std(0).clamp(min=1e-5)
-        y, y_held = (y - mean) / std, (ys_held[name] - mean) / std
-        metrics["mine"][name], metrics["mine"]["ceiling"] = mine(x, y, x_held, y_held, size, cfg)
-        metrics["dependency"][name], metrics["dependency"]["ceiling"] = dependency(y, y_held, cfg)
+    q = torch.cat([y for _, y in batches]).sigmoid()
+    mean_error = (q.mean(0) - 1 / 2).abs().max().item()
+    variance_error = (q.var(0) - 1 / 12).abs().max().item()
 
-    q = ys["global"].sigmoid()
-    off = {
-        "mean": (q.mean(0) - 0.5).abs().max().item(),
-        "variance": (q.var(0) - 1 / 12).abs().max().item(),
-    }
-    uniform = off["mean"] < 0.05 and off["variance"] < 0.01 and metrics["dependency"]["global"] < 1
-    metrics["prior"] = off | {"uniform": float(uniform)}
-    drawn = model.decoder(torch.rand_like(q[: 3 if cfg.gamma and uniform else 0]).logit(1e-3))
-    if not len(drawn):
-        print(
-            "no draws of the prior:", "sigmoid(y) is not uniform" if cfg.gamma else "--gamma is 0"
-        )
-
-    for c in [corpus] + [corpus.test] * (corpus.test is not corpus):
-        us, suffix = c.held[:200], "" if c is corpus else "_test"
-        x, ys = gather(model, c, us, -(-len(us) // cfg.batch_size), cfg)
-        rebuilt = {
-            "global": model.decoder(ys["global"]),
-            "untrained": model.control_decoder(ys["untrained"]),
-            "permuted": model.decoder(ys["global"].roll(1, 0)),
-        }
-        metrics |= {f"r2_{part}{suffix}": row for part, row in explained(x, rebuilt).items()}
-    for name, mels in {"copy": x, **rebuilt, "prior": drawn}.items():
-        for i, mel in enumerate(mels[:3]):
-            wave = model.vocode(mel[None], cfg.crop)[0]
-            write_audio(out / f"decoded_{i}_{name}.wav", wave, cfg.sample_rate)
-    return metrics
+    if cfg.gamma:
+        torch.manual_seed(cfg.seed)
+        y = torch.rand(3, cfg.d_global, device=q.device).logit(eps=1e-3)
+        for i, wave in enumerate(model.vocode(model.decoder(y), cfg.crop)):
+            write_audio(out / f"prior_{i}.wav", wave, cfg.sample_rate)
+    return {"bound": bounds, "prior": {"mean": mean_error, "variance": variance_error}}
 
 
 # ==================== shared: audio ====================

@@ -1,67 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""Factorized hierarchical VAE: what changes from segment to segment and what stays, told apart by priors.
+"""FHVAE: separates what an utterance keeps from what changes between its segments, by two priors.
 
-Hsu, Zhang, Glass, "Unsupervised Learning of Disentangled and Interpretable Representations from Sequential
-Data", NeurIPS 2017, arXiv:1709.07902; Hsu, Glass, "Scalable Factorized Hierarchical Variational Autoencoder
-Training", Interspeech 2018, arXiv:1804.03201.
+Paper    Hsu, Zhang, Glass. Unsupervised Learning of Disentangled and Interpretable Representations
+         from Sequential Data. NeurIPS 2017, arXiv:1709.07902.
+         Hsu, Glass. Scalable Factorized Hierarchical Variational Autoencoder Training.
+         Interspeech 2018, arXiv:1804.03201.
+         Sizes, weights and schedule follow the authors' 2018 program. This file was written from
+         their two programs, the abstracts and slides, without the text of the papers.
 
-The idea. An utterance is cut into segments of 20 frames, and a variational auto-encoder gives each two
-latents. z1 has one prior for all segments. The prior of z2 is narrow and stands about mu2, a vector that
-the segments of ONE utterance share: what stays the same costs little there, so speaker and channel go to
-z2, the rest to z1. Lest all utterances share one mu2, z2 has to tell, besides, which utterance it is from.
-No speaker label is used. mu2, the "s-vector", has a closed form for an utterance never seen; to convert, z2
-is moved from one mu2 to another. (Beware: z1 is the SEGMENT, z2 the SEQUENCE; the earlier code swaps them.)
+Idea     An utterance is cut into segments of 20 frames, and a VAE gives each segment two latent
+         variables. The prior of z1 is the same for all segments. The prior of z2 is narrow and
+         centered on mu2, a vector that all segments of one utterance share. Speaker and channel
+         are therefore cheap to encode in z2, and the content, which changes, only in z1. A
+         discriminative term keeps the mu2 of different utterances apart: z2 must identify its
+         utterance. No speaker labels are used. (The 2017 program swaps the names z1 and z2.)
 
-    wave (B, N) -> log magnitude of the linear spectrum, each bin standardised: x (B, T = 20, F)
-    x     -> LSTM -> mean m2, log variance l2 (B, d2);  z2 = m2 + exp(l2 / 2) * noise
-    x, z2 -> LSTM -> mean m1, log variance l1 (B, d1);  z1 = m1 + exp(l1 / 2) * noise
-    z1, z2, the same at every step -> LSTM -> mean and log variance of x (B, T, F)
+Model    wave (B, N) -> log magnitude spectrum, standardized per bin      x     (B, T, F)
+         LSTM over x:       q(z2|x) = N(m2, exp(l2))                      z2    (B, d2)
+         LSTM over x, z2:   q(z1|x,z2) = N(m1, exp(l1))                   z1    (B, d1)
+         LSTM over z1, z2, the same in every frame: p(x|z1,z2) = N(x_mu, exp(x_lv))
+         priors: z1 ~ N(0, 1), z2 ~ N(mu2, 0.25), mu2 ~ N(0, 1); 0.25 is a variance
+         s-vector of any utterance: mu2 = (sum of m2 over its S segments) / (S + 0.25)
+         conversion: decode z1 and z2 + mu2(target) - mu2(source)
 
-    priors     mu2 ~ N(0, 1), one of each sequence;  z2 ~ N(mu2, 0.25);  z1 ~ N(0, 1);  0.25 is a variance
-    bound      = ln p(x | z1, z2) - KL(q(z1 | x, z2) || p(z1)) - KL(q(z2 | x) || p(z2 | mu2)) + ln p(mu2) / N
-    ln q(y|m2) = log softmax over the table's rows j of -|m2 - mu2_j|^2 / (2 * 0.25), at the segment's row y
-    minimised  = -(bound + alpha ln q(y|m2)), mean over the batch; terms: sums over frames, bins, dimensions
-    mu2 of any sequence = sum of m2 over its N segments / (N + 0.25)
-    N          in training 1 + (L - 20) // 8 segments, at random; of a whole recording, those end to end
-    conversion z2 + mu2(target) - mu2(source), z1 as it is; a segment from every frame on gives its last frame
+Loss     bound = log p(x|z1,z2) - KL(q(z1|x,z2) || p(z1)) - KL(q(z2|x) || p(z2|mu2))
+                 + log p(mu2) / S
+         log q(y|m2) = log softmax over j of -|m2 - mu2_j|^2 / (2 * 0.25), at the segment's row y
+         loss = -(bound + alpha log q(y|m2)), averaged over the batch
+         The terms are sums over frames, bins and dimensions. The mu2_j are the rows of a table and
+         are trained with the networks. Hierarchical sampling (2018) uses the table for K utterances
+         at a time; its five steps are listed above `draw_pass`.
 
-Hierarchical sampling (2018), for more utterances than a table can hold. A pass: draw K utterances; fill the
-table with their closed forms, from random segments; train, the table too, on as many fresh ones, each with
-its row for a label. With K (--sequences) of at least the number of utterances it is, in essence, the
-training of 2017: one row each, random at first, learned throughout.
+Symbols  m2, l2      model.z2_encoder  (B, d2)       mu2_j    model.table   (K, d2)
+         m1, l1      model.z1_encoder  (B, d1)       S        n_segments    (B,), N in the papers
+         x_mu, x_lv  model.decoder     (B, T, F)     alpha    cfg.alpha     10
+         B segments in a batch, N samples, T frames in a segment, L in an utterance, F bins, H units
+         in a layer, d1 and d2 sizes of z1 and z2, K utterances in the table, S segments in each
 
-    symbol        here                    shape        symbol       here            shape or value
-    q(z2 | x)     model.z2_encoder        (B, d2)      M            model.table     (K, d2)
-    q(z1 | x,z2)  model.z1_encoder        (B, d1)      N            counts, n       (K,), (B,)
-    p(x | z1,z2)  model.decoder           (B, T, F)    alpha        cfg.alpha       10
-    B segments, T frames of each, L frames of an utterance, F bins, d1 and d2 sizes of z1 and z2, K rows;
-    N is the number of segments of a sequence, but in a wave (B, N) that of samples
+Differs from the paper
+D1  The log variance of x is at least -6. In the authors' programs it is unbounded, so that digital
+    silence makes the likelihood unbounded as well.
+D2  x has 201 linear bins of a Hann window. Magnitudes are at least 1e-5, deviations at least 0.01.
+    The 2018 program prefers 80 mel bands of a Hamming window, and has no floor for deviations. Its
+    pre-emphasis is left out, because standardization would undo it.
+D3  Training segments are cut from the waveform with a margin, so that no frame sees an edge, and
+    short utterances are repeated. The authors cut the spectrogram and discard short utterances.
+D4  The model of the last step is kept. The authors keep the one with the best bound on a
+    development set and stop when it no longer rises.
+D5  `represent` and `convert` use the means of z1 and z2. The 2017 program samples both.
+D6  The waveform comes from 60 iterations of Griffin-Lim with momentum. The 2017 program takes up
+    to 1,000 plain ones, and the 2018 program makes no audio.
+Not specified in the paper
+U1  How the LSTMs are initialized: here Xavier weights, biases 0, and 1 for the forget gates.
+U2  What mu1 is: here the formula of mu2 applied to z1, as in the 2017 program.
 
-Differs from the papers, of which we had the abstracts, slides and what their two published programs do, not
-the text; sizes, weights and schedule are those of the later program, K of its TIMIT example.
-D1  Log variance of x at least -6. There: unbounded, so that in digital silence the likelihood is, too.
-D2  201 linear bins (there an option beside 80 mel bands), Hann window, magnitude at least 1e-5, deviation of
-    a bin at least 0.01, no pre-emphasis: standardising all but undoes it. There: Hamming, e^-50, none, 0.97.
-D3  Segments of training are cut from the waveform, with a margin, so that no frame sees an edge (in whole
-    utterances the first and last do); an utterance shorter than that crop is repeated. There: from the
-    spectrogram; utterances shorter than a segment are discarded.
-D4  The last of --steps steps is kept. There: the best, at most 500,000, until the bound on a development
-    set has not risen for ten times 5000.
-D5  `represent` gives z1 at the MEAN of z2, conversion uses the means of both. The earlier program samples.
-D6  Griffin-Lim with momentum, 60 rounds. There: up to 1000 plain ones; the later program makes no audio.
-The papers do not say, or not to us
-U1  How the LSTMs start: here Xavier, biases 0, forget gates 1.
-U2  mu1, "the s-vector of z1": the same formula, as in the earlier program, though z1 has no such prior.
-
-The log shows the bound and its terms in nats a segment (log_pmu2 is not yet divided by N), and log_qy, of
-which minus ln of the rows in use is chance. A model that knows nothing has a log_px of -5704 (20 frames of
-201 bins, a unit Gaussian; toy, 101 bins: -2866). In run.json metrics.log_spectral_distance is in dB
-to the clean utterance: with white noise at 10 dB, rebuilt, and denoised by converting to a clean recording.
-The claim of 2017: mu2 tells unseen speakers apart far better than mu1, and better with a larger alpha.
-
-    python fhvae.py                                     a toy corpus, two and a half minutes on two CPU cores
-    python fhvae.py --data DIR --test DIR2              any folder of audio, the authors' size, for a GPU
-    python fhvae.py convert --checkpoint runs/a --source a.wav --target b.wav --output c.wav
+Usage    python fhvae.py                             toy corpus, two and a half minutes on two cores
+         python fhvae.py --data DIR --test DIR2      any folder of audio, full size, for a GPU
+         python fhvae.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
+         Everything runs in float32, so --bf16 has no effect (`train_step` says why). The log shows
+         the loss and its terms in nats per segment. The control of the paper's claim is --alpha 0.
 """
 
 import argparse
@@ -124,13 +121,13 @@ class Config:
     log_every: int = 100  # steps between log lines
     save_every: int = 5000  # steps between checkpoints
 
-    alpha: float = 10.0  # weight of the discriminative term; 0: the control of the paper's claim
-    sequences: int = 2000  # K, utterances in the table at a time; as many as there are: all, always
-    hidden: int = 256  # of each LSTM
-    layers: int = 2  # of each LSTM
+    alpha: float = 10.0  # weight of the discriminative term
+    sequences: int = 2000  # K, utterances in the table at a time
+    hidden: int = 256  # units in each LSTM layer
+    layers: int = 2  # layers of each LSTM
     d_z1: int = 32  # size of z1
     d_z2: int = 32  # size of z2 and of mu2
-    shift: int = 8  # frames from segment to segment where they are counted, and in `represent`
+    shift: int = 8  # frames between segments where they are counted, and in `represent`
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -146,7 +143,7 @@ class Config:
             raise UserError(f"--crop {self.crop}: no frame has its whole window in it; raise it")
 
 
-# The same model, narrower, at 8 kHz, for two CPU cores and two and a half minutes; by trial, on seed 0.
+# The same model, narrower, at 8 kHz, for two and a half minutes on two CPU cores.
 TOY = dict(
     sample_rate=8000,
     n_fft=200,
@@ -163,337 +160,384 @@ TOY = dict(
     d_z1=24,
 )
 TARGET = "recording"  # what convert takes: any recording of the target speaker
-VARIANCE = 0.25  # of z2 about mu2; z1 and mu2 have variance 1
+VARIANCE = 0.25  # of the prior of z2 around mu2; those of z1 and mu2 have a variance of 1
 
 
-# ==================== the model ====================
+# ---------- model ----------
 class Encoder(nn.Module):
-    """x (B, T, F), and for z1 a vector beside every frame, z (B, D) -> mean and log variance (B, D') of the
-    latent, from what an LSTM holds in ALL its layers after the last frame."""
+    """x (B, T, F) -> mean and log variance (B, D) of a latent variable. The encoder of z1 also gets
+    z2 (B, d2), which is appended to every frame."""
 
-    def __init__(self, cfg, size, d):
+    def __init__(self, cfg, size, d_latent):
         super().__init__()
-        self.lstm = xavier(nn.LSTM(size, cfg.hidden, cfg.layers, batch_first=True))
-        self.mu, self.log_var = (xavier(nn.Linear(cfg.layers * cfg.hidden, d)) for _ in range(2))
+        self.lstm = initialize(nn.LSTM(size, cfg.hidden, cfg.layers, batch_first=True))
+        self.mu = initialize(nn.Linear(cfg.layers * cfg.hidden, d_latent))
+        self.log_var = initialize(nn.Linear(cfg.layers * cfg.hidden, d_latent))
 
-    def forward(self, x, z=None):
-        if z is not None:
-            x = torch.cat([x, z[:, None].expand(-1, x.shape[1], -1)], -1)
-        h = self.lstm(x)[1][0]  # (layers, B, H)
-        h = h.transpose(0, 1).flatten(1)  # (B, layers H): of one item, hence the transpose
+    def forward(self, x, z2=None):
+        if z2 is not None:
+            z2 = z2[:, None].expand(-1, x.shape[1], -1)  # (B, T, d2)
+            x = torch.cat([x, z2], -1)
+        _, (h, _) = self.lstm(x)  # h after the last frame: (layers, B, H)
+        h = h.transpose(0, 1).flatten(1)  # (B, layers * H): all layers of a segment side by side
         return self.mu(h), self.log_var(h)
 
 
 class Decoder(nn.Module):
-    """z1 (B, d1), z2 (B, d2) -> mean and log variance (B, T, F) of x. Every step of the LSTM gets the same
-    input, both latents; nothing of its output is fed back."""
+    """z1 (B, d1), z2 (B, d2) -> mean and log variance of x, (B, T, F) each. The LSTM gets the same
+    input in every frame, and none of its output is fed back."""
 
     def __init__(self, cfg, bins):
         super().__init__()
-        self.lstm = xavier(nn.LSTM(cfg.d_z1 + cfg.d_z2, cfg.hidden, cfg.layers, batch_first=True))
-        self.mu, self.log_var = (xavier(nn.Linear(cfg.hidden, bins)) for _ in range(2))
+        d_latents = cfg.d_z1 + cfg.d_z2
+        self.lstm = initialize(nn.LSTM(d_latents, cfg.hidden, cfg.layers, batch_first=True))
+        self.mu = initialize(nn.Linear(cfg.hidden, bins))
+        self.log_var = initialize(nn.Linear(cfg.hidden, bins))
 
     def forward(self, z1, z2, frames):
-        h = self.lstm(torch.cat([z1, z2], -1)[:, None].expand(-1, frames, -1))[0]  # (B, T, H)
+        z = torch.cat([z1, z2], -1)
+        h, _ = self.lstm(z[:, None].expand(-1, frames, -1))  # (B, T, H)
         return self.mu(h), self.log_var(h).clamp(min=-6)  # D1
 
 
+def initialize(net):
+    """U1: Xavier weights, biases 0, and 1 for the forget gates of an LSTM. Returns the network."""
+    for name, p in net.named_parameters():
+        if p.dim() == 2:
+            nn.init.xavier_uniform_(p)
+        else:
+            nn.init.zeros_(p)
+        if "bias_ih" in name:
+            _, forget_gate, _, _ = p.data.chunk(4)
+            forget_gate.fill_(1)
+    return net
+
+
 class Model(nn.Module):
-    """Two encoders, the decoder, the table of mu2, mean and deviation of each bin; `progress` is the number
-    of the pass and the step at which it began. The number of speakers is of no use here."""
+    """The two encoders, the decoder, the table of mu2, and the mean and deviation of each bin.
+    n_speakers is not used: the method needs no speaker labels."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
-        self.cfg, bins = cfg, cfg.n_fft // 2 + 1
+        bins = cfg.n_fft // 2 + 1
+        self.cfg = cfg
         self.register_buffer("mean", torch.zeros(bins))
         self.register_buffer("std", torch.ones(bins))
+        # The number of the present pass of hierarchical sampling, and the step at which it began.
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
         self.z2_encoder = Encoder(cfg, bins, cfg.d_z2)
         self.z1_encoder = Encoder(cfg, bins + cfg.d_z2, cfg.d_z1)
         self.decoder = Decoder(cfg, bins)
-        self.table = nn.Parameter(torch.randn(cfg.sequences, cfg.d_z2))
+        self.table = nn.Parameter(torch.randn(cfg.sequences, cfg.d_z2))  # mu2_j
 
     def features(self, wave):
-        """(B, N) -> x (B, L, F), L = 1 + N // hop: the log spectrum, standardised."""
+        """wave (B, N) -> x (B, L, F), L = 1 + N // hop: log magnitudes, standardized per bin."""
         return (log_magnitude(wave, self.cfg) - self.mean) / self.std
 
     def cut(self, x, starts):
-        """x (L, F) -> its segments (n, T, F) from the frames `starts` (n,) on. D3: a short x is repeated."""
-        return x[
-            (starts[:, None] + torch.arange(segment_frames(self.cfg), device=x.device)) % len(x)
-        ]
+        """x (L, F) -> its segments (n, T, F) that begin at the frames `starts` (n,). An x shorter
+        than a segment is repeated (D3)."""
+        offsets = torch.arange(segment_frames(self.cfg), device=x.device)
+        return x[(starts[:, None] + offsets) % len(x)]
 
     def encode(self, x):
-        """Segments (n, T, F) -> means of z1 (n, d1) and z2 (n, d2). D5: z1 is given the mean of z2."""
-        z2 = self.z2_encoder(x)[0]
-        return self.z1_encoder(x, z2)[0], z2
+        """Segments (n, T, F) -> means of z1 (n, d1) and z2 (n, d2). z1 is conditioned on the mean
+        of z2 (D5)."""
+        z2, _ = self.z2_encoder(x)
+        z1, _ = self.z1_encoder(x, z2)
+        return z1, z2
+
+    def tile(self, x):
+        """x (L, F) -> its S segments without overlap (S, T, F). Frames at the end that fill no
+        segment are left out."""
+        T = segment_frames(self.cfg)
+        return self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device))
 
     def summary(self, x):
-        """x (L, F) -> mu1 (d1,), U2, and mu2 (d2,), the s-vector: closed forms over segments end to end;
-        frames at the end that fill no segment are left out."""
-        T = segment_frames(self.cfg)
-        z1, z2 = self.encode(
-            self.cut(x, torch.arange(0, max(len(x) - T, 0) + 1, T, device=x.device))
-        )
+        """x (L, F) -> mu1 (d1,) (U2) and mu2 (d2,), the s-vector."""
+        z1, z2 = self.encode(self.tile(x))
         return closed_form(z1.sum(0), len(z1)), closed_form(z2.sum(0), len(z2))
 
     def rebuild(self, x, shift=0):
-        """x (L, F) -> x^ (L, F), z2 moved by `shift` (d2,): a segment from every frame on, of which the first
-        gives all its frames and every other its last."""
-        T, frames = segment_frames(self.cfg), []
+        """x (L, F) -> x_mu (L, F), decoded from z1 and z2 + shift, with shift (d2,). A segment
+        begins at every frame. The first one gives all its frames and every other its last one."""
+        T = segment_frames(self.cfg)
+        frames = []
         for starts in torch.arange(max(len(x) - T, 0) + 1, device=x.device).split(2048):
             z1, z2 = self.encode(self.cut(x, starts))
-            y = self.decoder(z1, z2 + shift, T)[0]  # (2048, T, F)
-            frames += [y[:, -1]] if frames else [y[0, :-1], y[:, -1]]
+            x_mu, _ = self.decoder(z1, z2 + shift, T)  # (n, T, F)
+            if not frames:
+                frames.append(x_mu[0, :-1])
+            frames.append(x_mu[:, -1])
         return torch.cat(frames)[: len(x)]
 
     def vocode(self, x, samples):
-        """(B, L, F) -> (B, samples): undoes `features`, with phases by Griffin-Lim (D6)."""
-        x = F.pad(x.mT, (0, 1), mode="replicate").mT  # a frame more, for N samples
+        """x (B, L, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
+        (D6)."""
+        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
         return griffin_lim((x * self.std + self.mean).exp(), self.cfg)[:, :samples]
 
 
 def segment_frames(cfg):
-    """T: frames of a crop whose window lies inside it (D3), 20 of 3680 samples."""
+    """T, the frames of a crop whose window lies inside the crop (D3): 20 of 3,680 samples."""
     return 1 + cfg.crop // cfg.hop - 2 * ceil(cfg.win / 2 / cfg.hop)
 
 
 def log_magnitude(wave, cfg):
-    """(B, N) -> (B, L, F): natural log of the linear magnitude, at least 1e-5 (D2)."""
+    """(B, N) -> (B, L, F): natural log of the linear magnitude spectrum, at least 1e-5 (D2)."""
     return stft(wave, cfg).abs().clamp(min=1e-5).log()
 
 
-def xavier(net):
-    """U1: Xavier, biases 0, but 1 for the forget gates of an LSTM (they come second of i, f, g, o)."""
-    for name, p in net.named_parameters():
-        nn.init.xavier_uniform_(p) if p.dim() == 2 else nn.init.zeros_(p)
-        if name.startswith("bias_ih"):
-            nn.init.ones_(p[len(p) // 4 : len(p) // 2])
-    return net
-
-
-# ==================== the objective ====================
+# ---------- loss and training step ----------
 @torch.no_grad()
 def prepare(model, corpus, cfg):
-    """Before the first step: mean and deviation of every bin, over 5000 utterances at most; pass 0."""
-    n, total, squares = 0, 0, 0
+    """Sets mean and deviation of every bin from at most 5,000 training utterances, and begins the
+    first pass."""
+    frames, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
         x = log_magnitude(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (L, F)
-        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
-    model.mean.copy_(total / n)
-    model.std.copy_((squares / n - (total / n) ** 2).clamp(min=1e-4).sqrt())  # D2
-    begin_pass(model, corpus, cfg, 0, 0)
+        frames += len(x)
+        total += x.sum(0)
+        squares += x.square().sum(0)
+
+    mean = total / frames
+    variance = squares / frames - mean.square()
+    model.mean.copy_(mean)
+    model.std.copy_(variance.clamp(min=0.01**2).sqrt())  # D2
+    begin_pass(model, corpus, cfg, number=0, step=0)
 
 
 def make_optimizers(model, cfg):
-    """One for the networks and the table; both betas are the authors'."""
-    return {
-        "autoencoder": torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.95, 0.999), fused=True)
-    }
+    """One Adam for the networks and the table, with the authors' betas."""
+    adam = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.95, 0.999), fused=True)
+    return {"autoencoder": adam}
 
 
 def log_normal(x, mu, log_var):
-    """log N(x; mu, exp(log_var)), elementwise."""
+    """log N(x; mu, exp(log_var)), for each element."""
     return -0.5 * (math.log(2 * math.pi) + log_var + (x - mu).square() / log_var.exp())
 
 
-def kl(mu, log_var, p, variance):
-    """KL(N(mu, exp(log_var)) || N(p, variance)), elementwise."""
-    return 0.5 * (math.log(variance) - log_var - 1 + ((mu - p).square() + log_var.exp()) / variance)
+def kl_to_normal(mu, log_var, prior_mean, variance):
+    """KL(N(mu, exp(log_var)) || N(prior_mean, variance)) in nats, for each element."""
+    ratio = ((mu - prior_mean).square() + log_var.exp()) / variance
+    return 0.5 * (ratio - 1 + math.log(variance) - log_var)
 
 
 def log_posterior(m2, table):
-    """m2 (B, D), table (K, D) -> (B, K): ln q(y | m2), the log softmax of -|m2 - mu2|^2 / (2 * 0.25). |m2|^2
-    is the same for all rows and cancels, so a matrix product does, instead of (B, K, D)."""
-    return ((m2 @ table.T - table.square().sum(1) / 2) / VARIANCE).log_softmax(-1)
+    """m2 (B, d2), table (K, d2) -> (B, K): log q(y|m2), the log softmax over the rows of
+    -|m2 - mu2|^2 / (2 * 0.25)."""
+    # |m2|^2 is the same for all rows and cancels, which leaves a matrix product.
+    scores = m2 @ table.T - table.square().sum(1) / 2
+    return (scores / VARIANCE).log_softmax(-1)
 
 
-def closed_form(total, n):
-    """The sum of z over n segments -> the maximum of sum ln N(z; mu, 0.25) + ln N(mu; 0, 1)."""
-    return total / (n + VARIANCE)
+def closed_form(total, n_segments):
+    """Sum of z over the segments of an utterance -> the mu that maximizes the sum of
+    log N(z; mu, 0.25) plus log N(mu; 0, 1)."""
+    return total / (n_segments + VARIANCE)
 
 
-def objective(model, x, y, n, table):
-    """x (B, T, F), the row y (B,) of each in table (K, d2), N of its sequence n (B,) -> the terms, (B,) each,
-    in nats: sums over frames, bins and dimensions. `bound` is the variational lower bound of the segment."""
+def objective(model, x, y, n_segments, table):
+    """Segments x (B, T, F), their rows y (B,) in table (K, d2), and S, the number of segments in
+    the utterance of each, n_segments (B,) -> the terms of the loss, (B,) each, in nats."""
     m2, l2 = model.z2_encoder(x)
     z2 = m2 + (l2 / 2).exp() * torch.randn_like(m2)
-    m1, l1 = model.z1_encoder(x, z2)  # given the SAMPLE of z2
+    m1, l1 = model.z1_encoder(x, z2)  # conditioned on the sample of z2
     z1 = m1 + (l1 / 2).exp() * torch.randn_like(m1)
     x_mu, x_lv = model.decoder(z1, z2, x.shape[1])
     mu2 = table[y]
-    terms = {
-        "log_px": log_normal(x, x_mu, x_lv).sum((1, 2)),
-        "kl_z1": kl(m1, l1, 0, 1).sum(1),
-        "kl_z2": kl(m2, l2, mu2, VARIANCE).sum(1),
-        "log_pmu2": log_normal(mu2, 0, torch.zeros_like(mu2)).sum(1),
+
+    log_px = log_normal(x, x_mu, x_lv).sum((1, 2))
+    kl_z1 = kl_to_normal(m1, l1, 0, 1).sum(1)
+    kl_z2 = kl_to_normal(m2, l2, mu2, VARIANCE).sum(1)
+    log_pmu2 = log_normal(mu2, 0, torch.zeros_like(mu2)).sum(1)
+    log_qy = log_posterior(m2, table).gather(1, y[:, None])[:, 0]  # of the mean m2, not of z2
+    return {
+        "bound": log_px - kl_z1 - kl_z2 + log_pmu2 / n_segments,
+        "log_px": log_px,
+        "kl_z1": kl_z1,
+        "kl_z2": kl_z2,
+        "log_pmu2": log_pmu2,
+        "log_qy": log_qy,
     }
-    terms["bound"] = terms["log_px"] - terms["kl_z1"] - terms["kl_z2"] + terms["log_pmu2"] / n
-    terms["log_qy"] = log_posterior(m2, table).gather(1, y[:, None])[:, 0]  # of the MEAN of z2
-    return terms
 
 
+# Hierarchical sampling (Hsu & Glass 2018). Training is a series of passes, and in each of them:
+#
+# 1. Draw K training utterances. Utterance j owns row j of the table during this pass.
+# 2. Draw S_j random segments of each utterance j and encode them, without gradients, to their m2.
+# 3. Set row j to the closed form of mu2, the sum of these m2 over S_j + 0.25. The moments of Adam
+#    are kept, as in the authors' program.
+# 4. Draw S_j new random segments of each utterance and shuffle all of them into batches. What
+#    fills no batch is dropped.
+# 5. For each batch, take one Adam step on the loss, for the networks and the table. The softmax of
+#    the discriminative term runs over the K rows, and the label y of a segment is its row.
+#
+# S_j = 1 + (L_j - T) // shift. If K is at least the number of training utterances, steps 2 and 3
+# are left out. Each utterance then keeps its row, which starts at random: the training of 2017.
 @functools.lru_cache(maxsize=1)
 def draw_pass(corpus, cfg, number):
-    """-> sequences (K,), the utterance of each row of the table in this pass; counts (K,), N of each;
-    order: every row N times, shuffled. A function of (seed, number) alone."""
-    rng, U = (
-        np.random.default_rng((cfg.seed, number, 2**31)),
-        len(corpus.train),
-    )  # not a key of get_batch
-    sequences = (
-        corpus.train
-        if cfg.sequences >= U
-        else rng.choice(corpus.train, cfg.sequences, replace=False)
-    )
-    frames = 1 + corpus.length[sequences] // cfg.hop
-    counts = (frames - segment_frames(cfg)).clip(0) // cfg.shift + 1
-    return sequences, counts, rng.permutation(np.repeat(np.arange(len(sequences)), counts))
+    """Steps 1 and 4 of pass `number` -> utterances (K,), one for each row; n_segments (K,); and
+    order, where each row occurs as often as it has segments, shuffled."""
+    rng = np.random.default_rng((cfg.seed, number, 2**31))  # get_batch has no such draw
+    utterances = corpus.train
+    if cfg.sequences < len(corpus.train):
+        utterances = rng.choice(corpus.train, cfg.sequences, replace=False)
+    frames = 1 + corpus.length[utterances] // cfg.hop
+    n_segments = 1 + (frames - segment_frames(cfg)).clip(0) // cfg.shift
+    rows = np.repeat(np.arange(len(utterances)), n_segments)
+    return utterances, n_segments, rng.permutation(rows)
 
 
-def segments(model, corpus, cfg, step, draw=0, utterances=None):
-    """x (n, T, F): a segment from a random place of each of the n utterances."""
-    x, T = (
-        model.features(get_batch(corpus, cfg, step, draw, utterances)["wave"]),
-        segment_frames(cfg),
-    )
+def segments(model, corpus, cfg, step, draw, utterances):
+    """-> x (n, T, F): a segment from a random place of each of n utterances, without the frames
+    whose window reaches beyond the crop (D3)."""
+    T = segment_frames(cfg)
+    x = model.features(get_batch(corpus, cfg, step, draw, utterances)["wave"])
     margin = (x.shape[1] - T) // 2
     return x[:, margin : margin + T]
 
 
 @torch.no_grad()
 def begin_pass(model, corpus, cfg, number, step):
-    """Hierarchical sampling: each row of the table passes on to another sequence, with the closed form of its
-    mu2; Adam's moments stay, as the authors'. A table with a row for every sequence is never refilled."""
+    """Steps 2 and 3: fills the table for pass `number`, which begins at this training step."""
     model.progress.copy_(torch.tensor([number, step]))
-    sequences, counts, _ = draw_pass(corpus, cfg, number)
-    if cfg.sequences < len(corpus.train):
-        total, rows = torch.zeros_like(model.table), np.repeat(np.arange(len(sequences)), counts)
-        for i in range(0, len(rows), 2048):  # draw 0 is train_step's
-            y = rows[i : i + 2048]
-            m2 = model.z2_encoder(segments(model, corpus, cfg, step, 1 + i, sequences[y]))[0]
-            total.index_add_(0, torch.from_numpy(y).to(cfg.device), m2)
-        model.table.copy_(closed_form(total, torch.from_numpy(counts).to(cfg.device)[:, None]))
-        if dist.is_initialized():  # every GPU drew its own: the average
-            dist.all_reduce(model.table.div_(WORLD_SIZE))
+    if cfg.sequences >= len(corpus.train):
+        return
+
+    utterances, n_segments, _ = draw_pass(corpus, cfg, number)
+    rows = np.repeat(np.arange(len(utterances)), n_segments)
+    total = torch.zeros_like(model.table)
+    for i in range(0, len(rows), 2048):
+        y = rows[i : i + 2048]
+        # Draw 0 is that of the training batch.
+        x = segments(model, corpus, cfg, step, 1 + i, utterances[y])
+        m2, _ = model.z2_encoder(x)
+        total.index_add_(0, torch.tensor(y, device=cfg.device), m2)
+    n_segments = torch.tensor(n_segments, device=cfg.device)
+    model.table.copy_(closed_form(total, n_segments[:, None]))
+
+    if dist.is_initialized():  # every GPU has drawn its own segments: take the average
+        dist.all_reduce(model.table.div_(WORLD_SIZE))
 
 
-@torch.autocast("cuda", enabled=False)  # LSTMs and long sums in float32: --bf16 does nothing here
+def next_batch(model, corpus, cfg, step):
+    """-> segments x (B, T, F), their rows y (B,), n_segments (B,). Begins a new pass when the
+    present one has no full batch left."""
+    size = WORLD_SIZE * cfg.batch_size
+    number, first_step = model.progress.tolist()
+    utterances, n_segments, order = draw_pass(corpus, cfg, number)
+    if (step - first_step + 1) * size > len(order):
+        number += 1
+        first_step = step
+        begin_pass(model, corpus, cfg, number, first_step)
+        utterances, n_segments, order = draw_pass(corpus, cfg, number)
+    if size > len(order):
+        advice = "lower --batch-size or raise --sequences"
+        raise UserError(f"{len(order)} segments fill no batch; {advice}")
+
+    begin = (step - first_step) * size + RANK * cfg.batch_size
+    rows = order[begin : begin + cfg.batch_size]
+    x = segments(model, corpus, cfg, step, 0, utterances[rows])
+    y = torch.tensor(rows, device=cfg.device)
+    return x, y, torch.tensor(n_segments[rows], device=cfg.device)
+
+
+# Nothing runs in bfloat16: spectra, LSTMs and losses are float32, and --bf16 has no effect. The
+# LSTMs are nearly all of the work, and under autocast cuDNN would run them in float16, whose
+# gradients underflow. The losses, sums over thousands of elements, need float32 anyway.
+@torch.autocast("cuda", enabled=False)
 def train_step(model, optimizers, corpus, step, cfg):
-    """One of --steps (D4) on -(bound + alpha ln q(y | m2)): the next batch of the pass, or of a new one."""
-    number, first = model.progress.tolist()
-    if (step - first + 1) * WORLD_SIZE * cfg.batch_size > len(draw_pass(corpus, cfg, number)[2]):
-        number, first = number + 1, step
-        begin_pass(model, corpus, cfg, number, first)
-    sequences, counts, order = draw_pass(corpus, cfg, number)
-    if WORLD_SIZE * cfg.batch_size > len(order):
-        raise UserError(
-            f"{len(order)} segments fill no batch; lower --batch-size or raise --sequences"
-        )
-    rows = order[((step - first) * WORLD_SIZE + RANK) * cfg.batch_size :][: cfg.batch_size]
-    x = segments(model, corpus, cfg, step, 0, sequences[rows])
-    y, n = (torch.from_numpy(v).to(cfg.device) for v in (rows, counts[rows]))
-    terms = objective(model, x, y, n, model.table[: len(sequences)])
+    """Step 5: one update of the networks and the table. The model of the last one is kept (D4)."""
+    x, y, n_segments = next_batch(model, corpus, cfg, step)
+    table = model.table[: len(corpus.train)]  # a row beyond the utterances takes no part
+    terms = objective(model, x, y, n_segments, table)
     loss = -(terms["bound"] + cfg.alpha * terms["log_qy"]).mean()
-    optimizers["autoencoder"].zero_grad()
+
+    optimizer = optimizers["autoencoder"]
+    optimizer.zero_grad()
     loss.backward()
-    optimizers["autoencoder"].step()
-    return {"loss": loss.detach(), **{name: term.detach().mean() for name, term in terms.items()}}
+    optimizer.step()
+    means = {name: term.detach().mean() for name, term in terms.items()}
+    return {"loss": loss.detach(), **means}
 
 
-# ==================== what it is good for ====================
+# ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """(N,) -> z1 (T', d1) and z2 (T', d2): means of T' = L / shift segments, evenly spread, the first and the
-    last given again where the middle is too near an end; mu1 (d1,); mu2 (d2,), the s-vector."""
-    x, T = model.features(wave[None])[0], segment_frames(cfg)
-    n = ceil(len(x) / cfg.shift)  # T'
-    middle = ((torch.arange(n, device=x.device) + 0.5) * len(x) / n).long()
-    z1, z2 = model.encode(model.cut(x, (middle - (T - 1) // 2).clamp(0, max(len(x) - T, 0))))
+    """wave (N,) -> z1 (L / shift, d1) and z2 (L / shift, d2), the means of evenly spread segments;
+    mu1 (d1,) and mu2 (d2,), the s-vector."""
+    T = segment_frames(cfg)
+    x = model.features(wave[None])[0]  # (L, F)
+    n = ceil(len(x) / cfg.shift)
+    middles = ((torch.arange(n, device=x.device) + 0.5) * len(x) / n).long()
+    # Near the ends, where a segment does not fit, the first or the last one is taken.
+    starts = (middles - (T - 1) // 2).clamp(0, max(len(x) - T, 0))
+    z1, z2 = model.encode(model.cut(x, starts))
     mu1, mu2 = model.summary(x)
     return {"z1": z1, "z2": z2, "mu1": mu1, "mu2": mu2}
 
 
 @torch.no_grad()
 def convert(model, sources, targets, cfg):
-    """Waves (N,), each with a recording (N',) of any speaker -> waves (N,): z1 is kept, and z2 of every
-    segment moved by mu2 of the target less mu2 of the source. None reconstructs."""
+    """Waves (N,), each with a recording (N',) of its target speaker -> waves (N,) that say the same
+    in the voice of the target. z1 is kept, and z2 of every segment moves by
+    mu2(target) - mu2(source). None as a target reconstructs the source."""
     waves = []
-    for wave, target in zip(sources, targets):
-        x, shift = model.features(wave[None])[0], 0
+    for source, target in zip(sources, targets):
+        x = model.features(source[None])[0]
+        shift = 0
         if target is not None:
-            shift = model.summary(model.features(target[None])[0])[1] - model.summary(x)[1]
-        waves.append(model.vocode(model.rebuild(x, shift)[None], len(wave))[0])
+            _, mu2 = model.summary(x)
+            _, mu2_of_target = model.summary(model.features(target[None])[0])
+            shift = mu2_of_target - mu2
+        waves.append(model.vocode(model.rebuild(x, shift)[None], len(source))[0])
     return waves
-
-
-def denoise(model, pool, cfg, out):
-    """At most 16 test utterances with white noise 10 dB below them, converted to a clean recording, another
-    of the speaker if there is; the first is written to out -> mean distance in dB of log spectra from the
-    clean utterance: of the noisy one, of both as the model rebuilds them, and of the conversion."""
-    us, table, generator = pool.held[:16], defaultdict(list), torch.Generator().manual_seed(0)
-    for u in us:
-        other = min(pool.held, key=lambda i: (i == u, pool.speaker[i] != pool.speaker[u]))
-        clean, target = (pool.wave(i).to(cfg.device) for i in (u, other))
-        noise = torch.randn(len(clean), generator=generator).to(cfg.device)
-        noisy = clean + noise * clean.std() * 10 ** (-10 / 20)
-        x, y, z = (model.features(wave[None])[0] for wave in (clean, noisy, target))
-        made = {
-            "noisy": y,
-            "noisy_rebuilt": model.rebuild(y),
-            "clean_rebuilt": model.rebuild(x),
-            "denoised": model.rebuild(y, model.summary(z)[1] - model.summary(y)[1]),
-        }
-        for name, made_x in made.items():
-            decibel = (made_x - x) * model.std * 20 / math.log(10)  # (L, F)
-            table[name].append(decibel.square().mean(1).sqrt().mean().item())
-        if u == us[0]:
-            done = model.vocode(made["denoised"][None], len(clean))[0]
-            for name, wave in {"clean": clean, "noisy": noisy, "denoised": done}.items():
-                write_audio(out / f"noise_{name}.wav", wave, cfg.sample_rate)
-    return {name: sum(values) / len(values) for name, values in table.items()}
-
-
-def write_examples(model, corpus, cfg, out):
-    """Writes the first 3 s of four held-out utterances, each as it is, reconstructed, and in the
-    voice of the next speaker."""
-    utterances = corpus.held[:4]
-    waves = [corpus.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
-    voices = [(s + 1) % len(corpus.speakers) for s in corpus.speaker[utterances]]
-    known = corpus.speaker[corpus.train]
-    targets = [corpus.wave(corpus.train[known == s][0]).to(cfg.device) for s in voices]
-    made = convert(model, waves + waves, [None] * len(waves) + targets, cfg)
-    for i, u in enumerate(utterances):
-        name = f"{corpus.paths[u].stem[:60]}_as_{corpus.speakers[voices[i]][:60]}"
-        for kind, wave in zip(
-            ("source", "reconstruction", "conversion"), (waves + made)[i :: len(waves)]
-        ):
-            write_audio(out / f"{name}_{kind}.wav", wave, cfg.sample_rate)
 
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes speech from the prior, prior_I.wav; rows of the grid, grid_I.wav: z1 of the middle segment of
-    test utterance I with z2 of those of utterances 0, 1, 2, 3; and what `denoise` does. Returns what `denoise`
-    says."""
-    write_examples(model, corpus, cfg, out)
-    T, generator, speech = segment_frames(cfg), torch.Generator().manual_seed(0), {}
+    """Writes speech from the prior and a denoised utterance. Returns the bound in nats per segment
+    of at most 200 test utterances, whose mu2 is the closed form."""
+    torch.manual_seed(0)
+    write_prior(model, cfg, out)
+    write_denoised(model, corpus.test, cfg, out)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(cfg.device)
+    bounds = []
+    for u in corpus.test.held[:200]:
+        x = model.features(corpus.test.wave(u)[None].to(cfg.device))[0]
+        _, mu2 = model.summary(x)
+        x = model.tile(x)
+        y = torch.zeros(len(x), dtype=torch.long, device=cfg.device)
+        bounds.append(objective(model, x, y, len(x), table=mu2[None])["bound"])
+    return {"bound": torch.cat(bounds).mean().item()}
 
-    for i in range(3):  # ten segments of one mu2
-        z2 = normal(cfg.d_z2) + VARIANCE**0.5 * normal(10, cfg.d_z2)
-        speech[f"prior_{i}.wav"] = model.decoder(normal(10, cfg.d_z1), z2, T)[0]
-    xs = [model.features(corpus.test.wave(u)[None].to(cfg.device))[0] for u in corpus.test.held[:4]]
-    middle = [model.cut(x, torch.tensor([max(len(x) - T, 0) // 2], device=x.device)) for x in xs]
-    z1, z2 = model.encode(torch.cat(middle))  # (4, d1), (4, d2)
-    for i in range(len(xs)):
-        speech[f"grid_{i}.wav"] = model.decoder(z1[i].expand(len(xs), -1), z2, T)[0]
-    for name, x in speech.items():  # (n, T, F), one after another
-        wave = model.vocode(x.flatten(0, 1)[None], cfg.hop * T * len(x))[0]
-        write_audio(out / name, wave, cfg.sample_rate)
-    return {"log_spectral_distance": denoise(model, corpus.test, cfg, out)}
+
+def write_prior(model, cfg, out):
+    """Writes three utterances from the prior: ten segments each, which share one mu2."""
+    T = segment_frames(cfg)
+    for i in range(3):
+        mu2 = torch.randn(cfg.d_z2, device=cfg.device)
+        z2 = mu2 + VARIANCE**0.5 * torch.randn(10, cfg.d_z2, device=cfg.device)
+        z1 = torch.randn(10, cfg.d_z1, device=cfg.device)
+        x_mu, _ = model.decoder(z1, z2, T)  # (10, T, F)
+        wave = model.vocode(x_mu.flatten(0, 1)[None], 10 * T * cfg.hop)[0]
+        write_audio(out / f"prior_{i}.wav", wave, cfg.sample_rate)
+
+
+def write_denoised(model, pool, cfg, out):
+    """Writes a test utterance, the same with white noise 10 dB below it, and the noisy one
+    converted to another recording of the speaker, which is clean."""
+    u = pool.held[0]
+    recordings = pool.held[pool.speaker[pool.held] == pool.speaker[u]]
+    target = pool.wave(recordings[-1]).to(cfg.device)  # u itself if there is no other
+
+    clean = pool.wave(u).to(cfg.device)
+    noisy = clean + torch.randn_like(clean) * clean.std() * 10 ** (-10 / 20)
+    (denoised,) = convert(model, [noisy], [target], cfg)
+    for name, wave in {"clean": clean, "noisy": noisy, "denoised": denoised}.items():
+        write_audio(out / f"noise_{name}.wav", wave, cfg.sample_rate)
 
 
 # ==================== shared: audio ====================

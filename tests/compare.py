@@ -12,6 +12,7 @@ Leaves index.html, figure.svg, result.json and audio/ in --out, and prints the t
 
 import argparse
 import collections
+import contextlib
 import importlib
 import json
 import math
@@ -654,6 +655,23 @@ def reserve(out):
             number += 1
 
 
+@contextlib.contextmanager
+def reserved(out):
+    """The output folder; what is left of it without a result, as by Ctrl-C, is removed again."""
+    is_new = not (out and Path(out).exists())
+    folder = reserve(out)
+    try:
+        yield folder
+    finally:
+        if not (folder / "result.json").exists():
+            # rmdir removes nothing that holds a file.
+            with contextlib.suppress(OSError):
+                if (folder / "audio").exists():
+                    (folder / "audio").rmdir()
+                if is_new:
+                    folder.rmdir()
+
+
 def measure_run(run, setting, screen):
     """-> the entry of a run in result.json, and the Features of its representations."""
     if setting.log_mel is None:
@@ -692,17 +710,8 @@ def only_or_all(values):
     return values[0] if len(values) == 1 else values
 
 
-@torch.no_grad()
-def compare(args, scripts):
-    """Opens the runs, reads all labels, measures; writes result.json, audio and the page."""
-    screen = Screen()
-    folders = args.runs or newest_runs()
-    names = unique_names(folders)
-    corpora = {}
-    runs = [open_run(*run, scripts, args, corpora) for run in zip(folders, names)]
-    settings = settings_of(runs, args, screen)
-
-    out = reserve(args.out)
+def measure_all(runs, settings, args, screen):
+    """-> the content of result.json, and the material of the page."""
     result = {"runs": {}}
     material = {"logs": {}, "vectors": {}, "usage": {}}
     for number, run in enumerate(runs, 1):
@@ -722,11 +731,25 @@ def compare(args, scripts):
         "pairs": args.pairs,
         "date": time.strftime("%Y-%m-%d"),
     }
-    print_tables(result)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return result, material
 
-    material["rows"] = rows_of_page(runs, settings, material["usage"], out, screen)
-    page.write_page(out, result, material)
+
+@torch.no_grad()
+def compare(args, scripts):
+    """Opens the runs, reads all labels, measures; writes result.json, audio and the page."""
+    screen = Screen()
+    folders = args.runs or newest_runs()
+    names = unique_names(folders)
+    corpora = {}
+    runs = [open_run(*run, scripts, args, corpora) for run in zip(folders, names)]
+    settings = settings_of(runs, args, screen)
+
+    with reserved(args.out) as out:
+        result, material = measure_all(runs, settings, args, screen)
+        print_tables(result)
+        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        material["rows"] = rows_of_page(runs, settings, material["usage"], out, screen)
+        page.write_page(out, result, material)
     print(f"\nopen {out}/index.html; figures in {out}/result.json, the drawing in {out}/figure.svg")
 
 

@@ -466,19 +466,21 @@ def test_decibels_against_numpy():
     filters = v.mel_filters(24000, 2048, 512, torch.device("cpu")).double().numpy()
     mel = np.abs(np.fft.rfft(frame, 2048)) @ filters
     expected = np.clip((20 * np.log10(np.maximum(1e-5, mel)) - 20 + 100) / 100, 1e-8, 1)
-    close(v.decibels(wave[None], cfg)[0, 10], expected, 1e-4)
-    close(v.decibels(torch.zeros(1, 900), cfg), torch.full((1, 4, 512), 1e-8), 0)
-    assert v.decibels(50 * wave[None], cfg).max() == 1
+    close(v.normalized_decibels(wave[None], cfg)[0, 10], expected, 1e-4)
+    close(v.normalized_decibels(torch.zeros(1, 900), cfg), torch.full((1, 4, 512), 1e-8), 0)
+    assert v.normalized_decibels(50 * wave[None], cfg).max() == 1
 
 
 def test_decibels_at_the_edges():
     """The first sample has none before it; the others are emphasised alike wherever they are."""
     cfg, wave = v.Config(), torch.zeros(1, 9000)
     wave[0, -1] = 0.5  # the last one is not before the first
-    close(v.decibels(wave, cfg)[0, 0], torch.full((512,), 1e-8), 0)
+    close(v.normalized_decibels(wave, cfg)[0, 0], torch.full((512,), 1e-8), 0)
     y = torch.zeros(1, 9000)
     y[0, 300] = 0.5
-    close(v.decibels(y.roll(-300, 1), cfg)[0, 0], v.decibels(y, cfg)[0, 1], 1e-5)
+    close(
+        v.normalized_decibels(y.roll(-300, 1), cfg)[0, 0], v.normalized_decibels(y, cfg)[0, 1], 1e-5
+    )
 
 
 def test_no_mel_band_is_empty():
@@ -530,7 +532,9 @@ def test_prepare_weighs_frames_and_takes_training_utterances_only(monkeypatch):
     x = torch.cat([model.features(corpus.wave(u)[None])[0] for u in range(3)])
     close(x.mean(0), torch.zeros(20), 1e-4), close(x.std(0, correction=0), torch.ones(20), 1e-3)
     seen = []
-    monkeypatch.setattr(v, "decibels", lambda wave, cfg: seen.append(wave) or torch.zeros(1, 1, 20))
+    monkeypatch.setattr(
+        v, "normalized_decibels", lambda wave, cfg: seen.append(wave) or torch.zeros(1, 1, 20)
+    )
     v.prepare(model, SimpleNamespace(train=np.zeros(5001, int), wave=lambda u: waves[0]), model.cfg)
     assert len(seen) == 5000
 

@@ -8,8 +8,9 @@ import itertools
 import json
 import math
 from contextlib import redirect_stdout
-from types import SimpleNamespace
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,124 @@ def linear(matrix):
     return layer
 
 
+# -------------------- golden numbers --------------------
+GOLDEN = json.loads((Path(v.__file__).parent / "tests/golden/cpc.json").read_text())
+DSP = json.loads((Path(v.__file__).parent / "tests/golden/dsp.json").read_text())
+
+
+def layer(k, shape, scale=1.0, offset=0.0):
+    """The array that the formula `fill` of the golden files gives for layer k, float64."""
+    p = 1_000_003
+    i = np.arange(math.prod(shape)) % p
+    terms = (
+        (271829 * (i**2 % p) % p) * i,
+        (314159 * (k + 1) % p) * (i**2 % p),
+        (161803 * (k + 3) % p) * i,
+        577215 * (k + 1),
+    )
+    h = sum(term % p for term in terms) % p
+    return torch.from_numpy(offset + scale * (2 * h / p - 1)).view(shape)
+
+
+def layers_of(section):
+    """The arrays of all layers of a section, in order."""
+    names = ("k", "shape", "scale", "offset")
+    return [layer(*(entry[name] for name in names)) for entry in section["layers"]]
+
+
+def assert_golden(x, expected):
+    """Entries, mean and mean square, relative to the root mean square."""
+    x = x.detach()
+    assert list(x.shape) == expected["shape"] and x.dtype == torch.float64
+    limit = expected["tolerance"] * math.sqrt(expected["mean_square"])
+    entries = x.flatten()[expected["index"]] - torch.tensor(expected["value"], dtype=torch.float64)
+    assert entries.abs().max() <= limit
+    assert abs(x.mean() - expected["mean"]) <= limit
+    square = expected["mean_square"]
+    assert abs(x.square().mean() - square) <= 2 * expected["tolerance"] * square
+
+
+def test_golden_formula():
+    for check in GOLDEN["fill_check"]:
+        value = layer(check["k"], (check["i"] + 1,))[-1]
+        assert abs(value - check["value"]) < 1e-12
+
+
+def test_golden_encoder_and_gru():
+    """z and c of the authors' modules. They have no channel norm here (D1): norm="none"."""
+    golden = GOLDEN["encoder_and_gru"]
+    wave, *weights = layers_of(golden)
+    model = v.Model(v.Config(norm="none", channels=24, d_context=16), 2).double()
+    parameters = [*model.encoder.parameters(), *model.context.parameters()]
+    assert len(parameters) == len(weights)
+    for parameter, value in zip(parameters, weights):
+        parameter.data.copy_(value)
+    z = model.encoder(wave)
+    assert_golden(z, golden["outputs"]["z"])
+    assert_golden(model.context(z)[0], golden["outputs"]["c"])
+
+
+@pytest.mark.parametrize("name", GOLDEN["info_nce"]["results"])
+def test_golden_info_nce(name):
+    """Loss of each k, number of candidates and gradients, for three kinds of negatives and three
+    scales of the score. The authors' scale is 1 / C; that of the paper is 1 (D2)."""
+    expected = GOLDEN["info_nce"]["results"][name]
+    z, c, weight = layers_of(GOLDEN["info_nce"])
+    cfg = config(
+        prediction_steps=GOLDEN["info_nce"]["settings"]["K"],
+        negatives=expected["negatives"],
+        score_scale=expected["score_scale"],
+    )
+    predictors = nn.Linear(12, 5 * 16, bias=False).double()
+    predictors.weight.data.copy_(weight.flatten(0, 1))
+    z.requires_grad_()
+    c.requires_grad_()
+    loss, candidates = v.info_nce(z, c, predictors, cfg)
+    loss.mean().backward()
+    assert candidates == expected["candidates"]
+    assert_golden(loss, expected["loss_of_each_k"])
+    assert_golden(z.grad, expected["gradient_of_mean_over_k_to_z"])
+    assert_golden(c.grad, expected["gradient_of_mean_over_k_to_c"])
+
+
+@pytest.mark.parametrize("case", DSP["k_means"]["cases"], ids=lambda case: case["name"])
+def test_golden_k_means(case):
+    """Inertia within the stated bound, 1.01 times the worst of scikit-learn's best of 5, and at most
+    1.03 times its best of 20 greedy starts; also for data far from the origin."""
+    noise, centers = layers_of(case)
+    scale = float(case["text"].split("+ ")[1].split(" *")[0])
+    which = 7 * torch.arange(len(noise)) % case["K"]
+    x = (noise + scale * centers[which]).float()
+    best = case["inertia_of_best_of_20_greedy_starts"]
+    for offset in (0.0, 1e4):
+        centroids, inertia = v.kmeans(x + offset, case["K"])
+        expected = torch.cdist(x.double() + offset, centroids.double()).amin(1).square().sum()
+        assert case["min_inertia"] <= expected * (1 + 1e-5)
+        assert expected <= min(case["bound_of_inertia"], 1.03 * best)
+        assert abs(inertia / expected - 1) < (1e-5 if offset == 0 else 0.01)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_golden_yin(rate):
+    """True F0 within 0.2 %, every inner frame voiced. Not the tones below the floor of 65 Hz (D4)."""
+    cfg = v.Config(sample_rate=rate, hop=rate // 100)
+    t = torch.arange(rate, dtype=torch.float64) / rate
+    tones = [tone for tone in DSP["yin"]["tones"] if tone["sample_rate"] == rate]
+    tones = [tone for tone in tones if tone["hertz"] > 65]
+    waves = []
+    for tone in tones:
+        hertz = tone["hertz"]
+        wave = 0.3 * (2 * math.pi * hertz * t).sin()
+        if tone["kind"] == "harmonics":
+            partials = range(1, int(3500 / hertz) + 1)
+            wave = 0.1 * sum((2 * math.pi * hertz * h * t + h).sin() / h for h in partials)
+        waves.append(wave.float())
+    f0 = v.yin(torch.stack(waves), cfg)[:, 10:-10]
+    truth = torch.tensor([[tone["hertz"]] for tone in tones])
+    assert len(tones) == 22
+    assert ((f0 - truth).abs() <= DSP["yin"]["max_relative_error"] * truth).all()
+
+
 # -------------------- the networks --------------------
 def test_parameters_of_the_paper():
     model, cfg = v.Model(v.Config(norm="none"), 20), v.Config()
@@ -172,12 +291,7 @@ def test_hop_is_the_product_of_the_strides(hop, layers):
 
 @pytest.mark.parametrize(
     "options, words",
-    [
-        (dict(hop=100), "--hop 100"),
-        (dict(crop=2080), "--crop 2080: too short"),
-        (dict(cpc_share=1.2), "--cpc-share 1.2"),
-        (dict(negatives="other-sequences", batch_size=1), "--batch-size 1"),
-    ],
+    [(dict(hop=100), "--hop 100"), (dict(crop=2080), "--crop 2080: too short")],
 )
 def test_sizes_that_cannot_be(options, words):
     with pytest.raises(v.UserError, match=words):
@@ -247,32 +361,33 @@ def test_float32_under_autocast():
     assert z.dtype == c.dtype == torch.float32
 
 
-@pytest.mark.parametrize("samples", [1, 60, 79])
-def test_a_clip_shorter_than_a_hop(samples, corpus):
-    """Is one frame, everywhere; a folder may hold such a file."""
-    model, _, cfg = started(corpus)
-    wave = 0.1 * torch.randn(1, samples)
-    assert model(wave)[1].shape == (1, 1, 12) and model.units(wave).shape == model.f0(
-        wave
-    ).shape == (1, 1)
-    assert (
-        model.features(wave).shape == (1, 1, 20)
-        and len(v.convert(model, [wave[0]], [1], cfg)[0]) == samples
-    )
-    started(corpus_of([wave[0], tone(100), tone(200)], [0, 0, 1]))
+def test_the_shortest_clip(corpus):
+    """The plumbing lets nothing through that is shorter than `win`, and `win` is at least `hop`."""
+    model, _, cfg = started(corpus, win=160)
+    for samples in (80, 160, 239):
+        T = samples // 80
+        wave = 0.1 * torch.randn(1, samples)
+        assert model(wave)[1].shape == (1, T, 12) and model.features(wave).shape == (1, T, 20)
+        assert model.units(wave).shape == model.f0(wave).shape == (1, T)
+        assert len(v.convert(model, [wave[0]], [1], cfg)[0]) == samples
 
 
 def test_decoder_is_residual():
-    """With blocks that put out zero what is left is the first and the last layer."""
+    """With blocks that put out zero, what is left is the first and the last layer."""
     cfg = v.Config(**TINY)
     decoder = v.Decoder(cfg, 3)
-    for block in decoder.blocks:
+    first, *blocks, relu, last = decoder.layers
+    assert len(blocks) == cfg.blocks and isinstance(relu, nn.ReLU)
+    assert [block[1].dilation for block in v.Decoder(v.Config(), 3).layers[1:7]] == [
+        (2 ** (i % 3),) for i in range(6)
+    ]
+    for block in blocks:
         nn.init.zeros_(block[3].weight), nn.init.zeros_(block[3].bias)
     units, f0, s = torch.randint(6, (2, 9)), torch.randint(20, (2, 9)), torch.tensor([0, 2])
     x = torch.cat(
         [decoder.unit(units), decoder.f0(f0), decoder.speaker(s)[:, None].repeat(1, 9, 1)], 2
     )
-    close(decoder(units, f0, s), decoder.leave(decoder.enter(x.mT)).mT)
+    close(decoder(units, f0, s), last(first(x.mT).relu()).mT)
 
 
 def test_decoder_sees_what_it_is_told():
@@ -310,29 +425,6 @@ def test_without_a_prediction_the_loss_is_log_n(negatives, N):
     assert N != 348 or abs(loss[0] - 5.852202) < 1e-5
 
 
-def test_info_nce_by_hand():
-    """Prediction (1, 2), candidates (1, 0), (0, 1), (2, 2), the third is right: log(1 + e^-5 + e^-4). Two contexts of
-    zeros beside it, which cost log 3 each."""
-    z = torch.tensor([[[9.0, 9.0], [1, 0], [0, 1], [2, 2]]])
-    c = torch.tensor([[[0.0, 0.0], [0, 0], [1, 2], [7, 7]]])
-    loss, N = v.info_nce(z, c, linear(torch.eye(2)), config())
-    close(loss, [(0.0247449 + 2 * math.log(3)) / 3])
-    close(
-        loss,
-        F.cross_entropy(torch.tensor([[0.0, 0, 0], [0, 0, 0], [1, 2, 6]]), torch.arange(3))[None],
-    )
-    assert N == 3
-
-
-def test_softmax_is_over_candidates():
-    """Scores ((3, 1), (2, 0)), row: context. Over candidates 1.126928; over contexts, the transposed loss, 0.813262."""
-    z, c = (
-        torch.tensor([[[5.0, 5.0], [1, 0], [0, 1]]]),
-        torch.tensor([[[3.0, 1.0], [2, 0], [5, 5]]]),
-    )
-    close(v.info_nce(z, c, linear(torch.eye(2)), config())[0], [1.126928], 1e-5)
-
-
 @pytest.mark.parametrize("late", [-1, 0, 1])
 def test_offsets(late):
     """z_t and c_t say t, W_k moves t by k (+ late): certain where late is 0, and surely wrong otherwise. k = 1 is the next
@@ -342,31 +434,6 @@ def test_offsets(late):
     x = torch.eye(T)[None]
     loss, _ = v.info_nce(x, x, linear(W), config(prediction_steps=K))
     assert (loss < 1e-6).all() if late == 0 else (loss > 40).all()
-
-
-@pytest.mark.parametrize("negatives", ["batch", "same-speaker", "sequence", "other-sequences"])
-def test_info_nce_against_a_loop(negatives):
-    B, T, C, D, K = 3, 7, 5, 4, 2
-    z, c, W = torch.randn(B, T, C), torch.randn(B, T, D), torch.randn(K, C, D)
-    S, total = T - K, torch.zeros(K)
-    for k, b, t in itertools.product(range(1, K + 1), range(B), range(S)):
-        candidates = [
-            (i, j + k)
-            for i in range(B)
-            for j in range(S)
-            if (i, j) == (b, t)
-            or {"sequence": i == b, "other-sequences": i != b}.get(negatives, True)
-        ]
-        scores = torch.stack([0.3 * z[i, j] @ W[k - 1] @ c[b, t] for i, j in candidates])
-        total[k - 1] -= scores.log_softmax(0)[candidates.index((b, t + k))] / (B * S)
-    loss, N = v.info_nce(
-        z,
-        c,
-        linear(W.flatten(0, 1)),
-        config(prediction_steps=K, negatives=negatives, score_scale=0.3),
-    )
-    close(loss, total, 1e-5)
-    assert N == len(candidates)
 
 
 def test_mutual_information():
@@ -414,25 +481,29 @@ def test_gradient_flows_to_all_of_cpc_and_from_every_k(corpus):
 
 
 def test_a_step_is_one_on_the_mean(corpus, monkeypatch):
-    """Every matrix W_k has the gradient of the mean over k, from a fresh batch."""
+    """Every W_k has the gradient of the mean over k, of one batch, the only one that is drawn."""
     model, optimizers, cfg = started(corpus)
-    get, asked = v.get_batch, []
-    monkeypatch.setattr(
-        v,
-        "get_batch",
-        lambda corpus, cfg, step, **k: asked.append((step, k)) or get(corpus, cfg, step, **k),
-    )
+    get, drawn = v.get_batch, []
+    monkeypatch.setattr(v, "get_batch", lambda *a: drawn.append(get(*a)) or drawn[-1])
     for step in (0, 3):
         before = copy.deepcopy(model)
-        v.train_step(model, optimizers, corpus, step, cfg)
-        loss, _ = v.info_nce(*before(get(corpus, cfg, step)["wave"]), before.predictors, cfg)
+        log = v.train_step(model, optimizers, corpus, step, cfg)
+        (batch,) = drawn
+        drawn.clear()
+        loss, N = v.info_nce(*before(batch["wave"]), before.predictors, cfg)
         before.zero_grad()
         (sum(loss) / 3).backward()
         for (name, p), q in zip(model.named_parameters(), before.parameters()):
             if not name.startswith("decoder"):
                 close(p.grad, q.grad, 1e-5)
         assert (model.predictors.weight.grad.unflatten(0, (3, 16)).abs().amax((1, 2)) > 1e-6).all()
-    assert asked == [(0, {}), (3, {})]
+
+        # The log: nats_k is log J - L_k, nats and loss are means over k.
+        assert list(log) == ["loss", "nats", "nats_1", "nats_2", "nats_3"]
+        assert not any(value.requires_grad for value in log.values())
+        close(log["loss"], loss.mean())
+        close(torch.stack([log[f"nats_{k}"] for k in (1, 2, 3)]), math.log(N) - loss, 1e-5)
+        close(log["nats"], math.log(N) - loss.mean(), 1e-5)
 
 
 def test_it_learns_one_batch_by_heart():
@@ -454,60 +525,42 @@ def test_it_learns_one_batch_by_heart():
     assert loss.mean() < 0.5 * math.log(N)
 
 
-def test_log_line(corpus):
-    """nats_k is log N - loss_k, nats and loss are means over k."""
-    model, optimizers, cfg = started(corpus)
-    z, c = model(v.get_batch(corpus, cfg, 0)["wave"])
-    loss, N = v.info_nce(z, c, model.predictors, cfg)
-    log = v.train_step(model, optimizers, corpus, 0, cfg)
-    assert set(log) == {"loss", "nats", "nats_1", "nats_2", "nats_3"} and not any(
-        x.requires_grad for x in log.values()
-    )
-    close(log["loss"], loss.mean())
-    close(torch.stack([log[f"nats_{k}"] for k in (1, 2, 3)]), math.log(N) - loss, 1e-5)
-    close(log["nats"], math.log(N) - loss.mean(), 1e-5)
+@pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
+def test_what_a_batch_holds(corpus, monkeypatch, negatives):
+    """Different utterances of the given ones, with same-speaker negatives of one speaker; the same
+    ones in a repeated step, others in another step and on another rank."""
+    model, _, cfg = started(corpus, negatives=negatives, batch_size=3)
+    get, drawn = v.get_batch, []
 
-
-def test_batches_of_one_speaker(corpus, monkeypatch):
-    """Different utterances, all of one speaker; another speaker on another step and another rank; never the held-out ones."""
-    cfg = v.Config(**TINY | dict(negatives="same-speaker", batch_size=3))
-    seen, batches = set(), []
-    for step in range(30):
-        chosen = v.of_one_speaker(corpus, corpus.train[:-1], step, cfg)
-        assert len(set(corpus.speaker[chosen])) == 1 and len(set(chosen)) == 3 and 11 not in chosen
-        assert np.array_equal(chosen, v.of_one_speaker(corpus, corpus.train[:-1], step, cfg))
-        seen |= set(chosen)
-        batches.append(chosen.tolist())
-    assert seen == set(range(11))  # all speakers, all utterances
-    monkeypatch.setattr(v, "RANK", 1)
-    assert batches != [
-        v.of_one_speaker(corpus, corpus.train[:-1], step, cfg).tolist() for step in range(30)
-    ]
-    few = v.of_one_speaker(corpus, corpus.train, 0, replace(cfg, batch_size=9))
-    assert len(set(few)) == 4 and len(set(corpus.speaker[few])) == 1
-
-
-def test_the_step_draws_them(corpus, monkeypatch):
-    model, optimizers, cfg = started(corpus, negatives="same-speaker", steps=40)
-    drawn, get, losses = {}, v.get_batch, []  # step -> the batch that was drawn last
-
-    def get_batch(corpus, cfg, step, **options):
-        drawn[step] = get(corpus, cfg, step, **options)
-        return drawn[step]
+    def get_batch(corpus, cfg, step, draw, utterances):
+        drawn.append(utterances.tolist())
+        return get(corpus, cfg, step, draw, utterances)
 
     monkeypatch.setattr(v, "get_batch", get_batch)
-    for step in (*range(8), 30):
-        before = copy.deepcopy(model)
-        log = v.train_step(model, optimizers, corpus, step, cfg)
-        if step < 8:
-            loss = v.info_nce(*before(drawn[step]["wave"]), before.predictors, cfg)[0].mean()
-            close(log["loss"], loss)
-            losses.append(loss.item())
-    decoder = drawn.pop(30)
-    assert list(drawn) == list(range(8)) and len(set(losses)) == 8
-    assert all(len(batch["speaker"].unique()) == 1 for batch in drawn.values())
-    assert len({int(batch["speaker"][0]) for batch in drawn.values()}) > 1
-    assert len(decoder["speaker"].unique()) > 1  # the decoder's are mixed
+
+    def batches(cfg=cfg, steps=30):
+        drawn.clear()
+        for step in range(steps):
+            v.draw_losses(model, corpus, corpus.train[:-1], cfg, step)
+        return drawn[:]
+
+    first = batches()
+    assert all(len(set(us)) == 3 for us in first) and {*sum(first, [])} == {*range(11)}
+    speakers = [len(set(corpus.speaker[us])) for us in first]
+    assert max(speakers) == (1 if negatives == "same-speaker" else 3)
+    assert len({tuple(us) for us in first}) > 10 and batches() == first
+    monkeypatch.setattr(v, "RANK", 1)
+    assert batches() != first
+    if negatives == "same-speaker":  # 4 or 3 utterances of a speaker: all of them
+        assert {len(us) for us in batches(replace(cfg, batch_size=9))} == {3, 4}
+
+
+def test_the_decoder_batches_are_mixed(corpus, monkeypatch):
+    model, optimizers, cfg = started(corpus, negatives="same-speaker", steps=40)
+    get, drawn = v.get_batch, []
+    monkeypatch.setattr(v, "get_batch", lambda *a, **k: drawn.append(get(*a, **k)) or drawn[-1])
+    v.train_step(model, optimizers, corpus, 30, cfg)
+    assert len(drawn[-1]["speaker"].unique()) > 1
     with pytest.raises(v.UserError, match="--batch-size; lower it"):
         # at once, not when the decoder's turn comes
         v.build(None, corpus, replace(cfg, batch_size=13), None)
@@ -515,126 +568,82 @@ def test_the_step_draws_them(corpus, monkeypatch):
 
 # -------------------- k-means --------------------
 def test_kmeans_finds_blobs():
-    """Ten blobs six deviations apart and more, best of five starts: every blob a cluster."""
-    for seed in range(5):
-        g = torch.Generator().manual_seed(seed)
-        centers = 8.5 * torch.stack(
-            torch.meshgrid(torch.arange(5.0), torch.arange(2.0), indexing="ij"), -1
-        ).flatten(0, 1)
-        truth = torch.randint(10, (2000,), generator=g)
-        x = centers[truth] + torch.randn(2000, 2, generator=g)
-        centroids, inertia = v.kmeans(x, 10, seed)
-        ids = v.assign(x, centroids)[0]
+    """Ten blobs six deviations apart and more: every blob a cluster, the inertia is what it says."""
+    centers = torch.cartesian_prod(8.5 * torch.arange(5), 8.5 * torch.arange(2))
+    truth = torch.randint(10, (2000,))
+    x = centers[truth] + torch.randn(2000, 2)
+    for offset in (0.0, 1e4):
+        centroids, inertia = v.kmeans(x + offset, 10)
+        ids, distance = v.assign(x + offset, centroids)
         purity = sum(truth[ids == k].bincount().max().item() for k in ids.unique()) / 2000
         assert purity > 0.999 and len(ids.unique()) == 10
-        assert all(b <= a * (1 + 1e-6) for a, b in zip(inertia, inertia[1:]))
-        close(inertia[-1], (x - centroids[ids]).square().sum().item(), 1e-3)
+        close(inertia, (x + offset - centroids[ids]).square().sum().item(), 1e-3)
+        close(distance.sum().item(), inertia, 1e-3)
 
 
 def test_kmeans_is_the_best_of_its_starts_and_repeats_itself():
     x = torch.randn(300, 3)
-    inertia = [[v.kmeans(x, 12, seed, starts=n)[1][-1] for n in range(1, 6)] for seed in range(4)]
-    assert all(row == sorted(row, reverse=True) for row in inertia) and any(
-        row[4] < row[0] for row in inertia
-    )
-    assert v.kmeans(x, 12, 0)[1][-1] == inertia[0][4]
-    assert torch.equal(v.kmeans(x, 12, 3)[0], v.kmeans(x, 12, 3)[0])
-    assert not torch.equal(v.kmeans(x, 12, 3)[0], v.kmeans(x, 12, 4)[0])
+
+    def inertia(seed, starts):
+        torch.manual_seed(seed)
+        return v.kmeans(x, 12, starts)[1]
+
+    rows = [[inertia(seed, n) for n in range(1, 6)] for seed in range(4)]
+    assert all(row == sorted(row, reverse=True) for row in rows)
+    assert any(row[4] < row[0] for row in rows) and inertia(0, 5) == rows[0][4]
 
 
-def test_seeds_are_drawn_in_proportion_to_the_distance():
-    """Ten tight blobs: with k-means++ nearly every seed is in another one, and the best of five starts has no blob twice."""
+def test_first_centroids_are_drawn_by_distance_and_greedily():
+    """Ten tight blobs, and a crowd at one of them: one first centroid in each, in one start."""
     x = torch.arange(10.0).repeat_interleave(60)[:, None] + 0.01 * torch.randn(600, 1)
-    for seed in range(4):
-        assert v.kmeans(x, 10, seed)[1][0] < 1
-    far = torch.cat([x, torch.full((600, 1), 5.0)])  # a crowd does not draw the seeds
-    assert v.kmeans(far, 10, 0, starts=1)[1][0] < 70
-
-
-def test_five_starts_and_an_end():
-    """The default is five starts; rounds end when they gain next to nothing."""
-    x, better = torch.randn(300, 3), 0
-    for seed in range(12):
-        four, five, default = (
-            v.kmeans(x, 12, seed, **options)[1] for options in (dict(starts=4), dict(starts=5), {})
-        )
-        assert default == five and len(five) < 100 and five[-2] - five[-1] <= 1e-4 * five[-1]
-        better += five[-1] < four[-1]
-    assert better and all(a > b * (1 + 1e-4) for a, b in zip(five[:-2], five[1:-1]))
+    x = torch.cat([x, torch.full((600, 1), 5.0)])
+    for _ in range(20):
+        assert len(v.spread_centroids(x, 10).round().unique()) >= 9
+    # The best of several draws: the middle of a far blob rather than its rim.
+    crowd = torch.cat([torch.zeros(50, 1), 100 + torch.linspace(-20, 20, 101)[:, None]])
+    second = torch.stack([v.spread_centroids(crowd, 8)[:3] for _ in range(200)])
+    one = [c[(c > 50).flatten()][0].item() for c in second]
+    assert sum(abs(y - 100) for y in one) / 200 < 9  # 10 if drawn once
 
 
 def test_assign_against_cdist():
-    x, centroids = torch.randn(4, 9, 5), torch.randn(7, 5)
-    ids, d = v.assign(x, centroids)
-    expected = torch.cdist(x, centroids).square().min(-1)
-    assert torch.equal(ids, expected.indices)
-    close(d, expected.values, 1e-4)
+    """Also where data are far from the origin."""
+    x, centroids = torch.randn(4, 9, 5), torch.randn(30, 5)
+    for offset in (0.0, 1e4):
+        ids, distance = v.assign(x + offset, centroids + offset)
+        a, b = (x + offset).double(), (centroids + offset).double()
+        expected = torch.cdist(a, b).square().min(-1)
+        assert torch.equal(ids, expected.indices)
+        close(distance, expected.values, 1e-3)
 
 
-def test_empty_clusters_are_refilled():
-    """Two places and four clusters: two are left without a member, and nothing breaks; more clusters than points neither."""
+def test_fewer_places_than_clusters():
+    """Two places and four clusters: two stay without a member, and nothing breaks."""
     x = torch.tensor([[0.0, 0.0], [1, 1]]).repeat(5, 1)
-    centroids, inertia = v.kmeans(x, 4, 0)
-    assert inertia[-1] == 0 and centroids.shape == (4, 2) and centroids.isfinite().all()
-    centroids, inertia = v.kmeans(x[:3], 8, 0)
-    assert centroids.shape == (8, 2) and inertia[-1] == 0
+    centroids, inertia = v.kmeans(x, 4)
+    assert inertia < 1e-6 and centroids.shape == (4, 2) and centroids.isfinite().all()
+    centroids, _ = v.kmeans(torch.full((8, 2), 3.0), 2)
+    close(centroids, torch.full((2, 2), 3.0))
 
 
-def test_an_empty_cluster_moves_to_the_worst_point(monkeypatch):
-    """Seeds that are all alike: without a refill one cluster would take everything."""
-
-    class Seeds:
-        integers, random = (lambda self, n: 0), (lambda self: 0.0)
-
-    monkeypatch.setattr(v.np.random, "default_rng", lambda seed: Seeds())
-    x = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 30])
-    centroids, inertia = v.kmeans(x, 2, 0, starts=1)
-    close(centroids.sort(0).values, torch.stack([x[:50].mean(0), x[50:].mean(0)]), 1e-4)
-    assert inertia[-1] < 500 < inertia[0]
-    x = torch.cat([torch.randn(50, 2), torch.tensor([[300.0, 0.0], [0.0, 400.0]])])
-    centroids, inertia = v.kmeans(x, 3, 0, starts=1)  # both far points get one, in the same round
-    assert inertia[-1] < 500 and len(inertia) <= 4
-
-
-@pytest.mark.parametrize("normalise", [False, True])
-def test_units_are_fitted_on_training_utterances(corpus, monkeypatch, normalise):
-    seen = []
+def test_units_are_fitted_on_training_crops(monkeypatch):
+    """c of a batch for every two units, whole crops of training utterances, no more."""
+    corpus = other_corpus()
+    seen, drawn, get = [], [], v.get_batch
     monkeypatch.setattr(
-        v, "kmeans", lambda x, K, seed: seen.append((x, K, seed)) or (torch.ones(K, x.shape[1]), [])
+        v, "kmeans", lambda x, K: seen.append((x, K)) or (torch.ones(K, x.shape[1]), 0)
     )
-    model, _, cfg = started(corpus, normalise=normalise, seed=3)
-    with torch.no_grad():
-        expected = torch.cat(
-            [model.normalised(model(corpus.wave(u)[None])[1])[0] for u in corpus.train]
-        )
-    close(seen[0][0], expected)
-    assert seen[0][1:] == (6, 3) and (model.centroids == 1).all() and model.fitted == 1
-
-
-@pytest.mark.parametrize(
-    "utterances, frames, every", [(4, 20_000, 2), (600, 100, 1), (600, 101, 2)]
-)
-def test_units_are_fitted_on_50000_frames(monkeypatch, utterances, frames, every):
-    """Every n-th frame of at most 500 utterances."""
-    cfg, seen = v.Config(**TINY), []
-    model = v.Model(cfg, 2)
-    corpus = SimpleNamespace(
-        train=np.arange(utterances),
-        length=np.full(utterances, frames * cfg.hop + 7),
-        wave=lambda u: torch.full((frames,), float(u)),
-    )
-    monkeypatch.setattr(
-        model, "forward", lambda wave: (None, torch.stack([wave, torch.arange(frames)[None]], 2))
-    )
-    monkeypatch.setattr(
-        v, "kmeans", lambda x, K, seed: seen.append(x) or (torch.ones(K, cfg.d_context), [])
-    )
+    model, _, cfg = started(corpus, units=7)
+    assert (model.centroids == 1).all() and seen[0][1] == 7
+    seen.clear()
+    monkeypatch.setattr(v, "get_batch", lambda *a, **k: drawn.append(get(*a, **k)) or drawn[-1])
     v.fit_units(model, corpus, cfg)
-    assert torch.equal(seen[0][:, 1].unique(), torch.arange(0.0, frames, every))
-    assert (
-        torch.equal(seen[0][:, 0].unique(), torch.arange(float(min(500, utterances))))
-        and len(seen[0]) <= 50_000
-    )
+    ((x, _),) = seen
+    assert len(drawn) == 4 and x.shape == (4 * 4 * 40, 12) and not x.requires_grad
+    assert x._base is None and x.untyped_storage().nbytes() == x.nbytes  # keeps nothing alive
+    used = set(torch.cat([batch["utterance"] for batch in drawn]).tolist())
+    assert used == set(corpus.train.tolist())
+    close(x[:160], model(drawn[0]["wave"])[1].flatten(0, 1), 1e-5)
 
 
 def test_ranks_agree_on_the_units(corpus, monkeypatch):
@@ -645,21 +654,13 @@ def test_ranks_agree_on_the_units(corpus, monkeypatch):
     assert sent[0][0] is model.centroids and sent[0][1] == 0
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_units(corpus, normalise):
-    """The nearest centroid of c; with --normalise of c less its mean and over its deviation in the utterance."""
-    model, _, cfg = started(corpus, normalise=normalise)
+def test_units(corpus):
+    """The nearest centroid of c."""
+    model, _, cfg = started(corpus)
     wave = corpus.wave(1)[None]
     c = model(wave)[1]
-    if normalise:
-        c = (c - c.mean(1, keepdim=True)) / c.var(1, unbiased=False, keepdim=True).sqrt()
     assert torch.equal(model.units(wave), torch.cdist(c, model.centroids[None]).argmin(2))
     assert len(model.units(wave).unique()) > 1
-    assert torch.equal(model.normalised(3 * c + 1), 3 * c + 1) != normalise
-    if normalise:
-        close(model.normalised(3 * c + 1), model.normalised(c), 1e-4)
-        close(model.normalised(c).square().mean(1), torch.ones(1, 12), 1e-3)
-        assert (model.normalised(torch.ones(1, 5, 12)) == 0).all()
 
 
 # -------------------- F0 --------------------
@@ -707,54 +708,85 @@ def test_yin_in_noise_and_on_a_glide():
 
 
 def test_yin_tells_voiced_from_unvoiced_frames():
-    """Quarter seconds of tone and noise by turns: VDE and FFE of a few frames at the borders."""
+    """Quarter seconds of tone and noise by turns: errors of a few frames at the borders."""
     cfg, on = v.Config(), (torch.arange(32000) // 4000) % 2 == 0
     wave = torch.where(on, tone(130, 2, 16000), 0.05 * torch.randn(32000))
     f0 = v.yin(wave[None], cfg)[0]
     truth = F.pad(on[::160].float() * 130, (0, 1))
-    vde, ffe = (x.float().mean() for x in v.f0_errors(f0, truth))
-    assert vde < 0.06 and ffe < 0.06
+    assert ((f0 - truth).abs() > 0.2 * truth).float().mean() < 0.06
 
 
 def test_yin_takes_the_median_of_five():
-    """Up to six periods, which one or two frames alone would take for a voice, are none; twelve are one."""
+    """Up to four periods, which one or two frames alone would take for a voice, are none; twelve
+    are one."""
     cfg = v.Config()
-    for periods in (4, 5, 6, 12):
+    for periods in (2, 3, 4, 12):
         wave = torch.zeros(1, 8000)
         wave[0, 4000 : 4000 + 80 * periods] = tone(200, periods / 200, 16000, noise=0)
         assert (v.yin(wave, cfg) == 0).all() == (periods < 12), periods
 
 
 def test_yin_keeps_to_its_range():
-    """400 Hz is found; 500 Hz is not, but for its half, and what is below 50 Hz has no pitch. An offset is no loudness."""
+    """400 Hz is found; 500 Hz is not, but for its half; below 65 Hz, as the hum of the mains, there
+    is no pitch. An offset is no loudness."""
     cfg, t = v.Config(), torch.arange(8000) / 16000
 
     def f0(f):
         return v.yin(0.1 * (2 * math.pi * f * t).sin()[None], cfg)[0, 4:-4]
 
-    assert (
-        ((f0(400) - 400).abs() < 1).all()
-        and ((f0(500) - 250).abs() < 1).all()
-        and (f0(45) == 0).all()
-    )
+    assert ((f0(400) - 400).abs() < 1).all() and ((f0(500) - 250).abs() < 1).all()
+    assert (f0(50) == 0).all() and (f0(60) == 0).all() and (f0(67) > 0).all()
     assert (v.yin(1e-4 * tone(150, 0.5, 16000, noise=0)[None] + 0.01, cfg) == 0).all()
 
 
 def test_yin_is_centred():
-    """On a glide from 100 to 300 Hz in a second F0 is at most 3 ms early or late."""
+    """On a glide from 100 to 300 Hz in a second F0 is at most 4 ms early or late."""
     f = torch.linspace(100, 300, 16000)
     f0 = v.yin(tone(f, 1, 16000, noise=0)[None], v.Config())[0]
-    assert ((f0[6:94] - f[960:15040:160]).abs() < 0.003 * 200).all() and (
+    assert ((f0[6:94] - f[960:15040:160]).abs() < 0.004 * 200).all() and (
         f0[6:94] - f[960:15040:160]
     ).mean().abs() < 0.3
 
 
-def test_f0_errors_by_hand():
-    """Of six frames one unvoiced and one voiced in error, one 21 % too high; 19 % is no error."""
-    truth = torch.tensor([100.0, 100, 100, 0, 0, 200])
-    vde, ffe = v.f0_errors(torch.tensor([119.0, 121, 0, 0, 50, 200]), truth)
-    assert vde.tolist() == [False, False, True, False, True, False]
-    assert ffe.tolist() == [False, True, True, False, True, False]
+def test_yin_has_two_thresholds():
+    """Where no dip is below 0.2, the deepest one counts, up to 0.35: frames are voiced at 4 dB above
+    the noise, where all dips are deeper than 0.2, and unvoiced at 0 dB."""
+    cfg = v.Config()
+    wave = tone(150, 2, 16000, noise=0)
+    noise = torch.randn(32000) * wave.std()
+    assert (v.yin((wave + noise * 10 ** (-4 / 20))[None], cfg)[0, 4:-4] > 0).all()
+    assert (v.yin((wave + noise)[None], cfg) == 0).all()
+
+
+def toy_f0(s, n):
+    """F0 of toy utterance n of speaker s, one value per 10 ms, 0 where no voice can be heard: what
+    the generator draws, drawn again in the same order."""
+    rng = np.random.default_rng((s, n))
+    phones = np.repeat([11, *rng.choice(12, 12), 11], rng.integers(6, 17, 14))
+    voicing = np.array(v.PHONES.split()).reshape(12, 6)[phones, 4].astype(np.float32)
+    voicing = F.avg_pool1d(torch.from_numpy(voicing)[None], 5, 1, padding=2)[0]
+    glide = rng.uniform(-0.2, 0.2, 2)
+    samples = 160 * len(phones) - 160
+    f0 = 2 ** (v.toy_voice(s)[1] + np.linspace(*glide, samples))
+    f0 = torch.from_numpy(f0[np.minimum(160 * np.arange(len(phones)), samples - 1)]).float()
+    return torch.where(voicing > 0.05, f0, 0.0)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_yin_on_toy_voices(rate):
+    """The generator knows F0 and voicing. Voiced frames are lost where the voice fades into noise;
+    hardly a frame without a voice has one."""
+    cfg = v.Config(sample_rate=rate, hop=rate // 100)
+    wrong, false = [], []
+    for s in range(1, 41, 2):
+        wave, phones = v.toy_utterance(s, 0)
+        truth = toy_f0(s, 0)
+        f0 = v.yin(v.resample(wave.float(), 16000, rate)[None], cfg)[0]
+        frames = min(len(f0), len(truth))
+        f0, truth = f0[:frames], truth[:frames]
+        wrong.append(((f0 > 0) != (truth > 0)).float().mean())
+        false.append((f0[truth == 0] > 0).float().mean())
+    assert sum(wrong) / len(wrong) < 0.17 and sum(false) / len(false) < 0.02
 
 
 def test_f0_tokens_by_hand(corpus, monkeypatch):
@@ -765,13 +797,10 @@ def test_f0_tokens_by_hand(corpus, monkeypatch):
     x = torch.tensor([-9.0, -2.51, -2.49, -2.2, -0.1, 0.0, 0.14, 2.4, 2.6, 9.0])
     expected = [1, 1, 1, 2, 10, 10, 11, 19, 19, 19]
     for s in range(3):
-        f0 = torch.cat([(model.f0_mean[s] + model.f0_std[s] * x).exp(), torch.zeros(2)])[None]
-        monkeypatch.setattr(v, "yin", lambda wave, cfg: f0)
+        f0 = torch.cat([(model.f0_mean[s] + model.f0_std[s] * x).exp(), torch.zeros(3)])[None]
+        monkeypatch.setattr(v, "yin", lambda wave, cfg: f0)  # a frame more than z has
         assert model.f0(torch.zeros(1, 80 * 12), torch.tensor([s])).tolist() == [[*expected, 0, 0]]
-        assert model.f0(torch.zeros(1, 80 * 11), torch.tensor([s])).shape == (
-            1,
-            11,
-        )  # as many as frames of z
+    assert cfg.f0_tokens // 2 == 10  # what `sample` takes for the mean
 
 
 def test_f0_of_an_unknown_voice(corpus):
@@ -798,29 +827,20 @@ def test_f0_of_an_unknown_voice(corpus):
 
 # -------------------- statistics and phases --------------------
 def test_statistics(corpus):
-    """Standardised mel of what they were taken from has mean 0 and deviation 1; F0 statistics are those of each voice."""
+    """Standardized mel of training crops has mean 0 and deviation 1; F0 statistics are those of
+    each voice."""
     model, _, cfg = started(corpus)
-    mel = torch.stack(
-        [
-            torch.stack(
-                [(x := v.log_mel(corpus.wave(u)[None], cfg)[0]).mean(0), x.square().mean(0)]
-            )
-            for u in corpus.train
-        ]
-    ).mean(0)
-    close(model.mean, mel[0], 1e-4)
-    close(model.std, (mel[1] - mel[0] ** 2).sqrt(), 1e-3)
-    close(
-        model.features(corpus.wave(0)[None]) * model.std + model.mean,
-        v.log_mel(corpus.wave(0)[None], cfg)[:, :50],
-        1e-4,
-    )
+    wave = v.get_batch(corpus, cfg, 0, utterances=corpus.train)["wave"]
+    mel = v.log_mel(wave, cfg)
+    close(model.mean, mel.mean((0, 1)), 1e-4)
+    close(model.std, mel.flatten(0, 1).std(0), 1e-4)
+    expected = v.log_mel(corpus.wave(0)[None], cfg)[:, :50]
+    close(model.features(corpus.wave(0)[None]) * model.std + model.mean, expected, 1e-4)
     for s in range(3):
-        f0 = torch.cat(
-            [(y := v.yin(corpus.wave(u)[None], cfg)[0])[y > 0] for u in range(4 * s, 4 * s + 4)]
-        ).log()
-        close(model.f0_mean[s], f0.mean(), 1e-4)
-        close(model.f0_std[s], f0.std(), 1e-4)
+        f0 = torch.cat([v.yin(corpus.wave(u)[None], cfg)[0] for u in range(4 * s, 4 * s + 4)])
+        log_f0 = f0[f0 > 0].log()
+        close(model.f0_mean[s], log_f0.mean(), 1e-4)
+        close(model.f0_std[s], log_f0.std(), 1e-4)
         assert abs(model.f0_mean[s].exp() / (107.5 * 1.4**s) - 1) < 0.03
 
 
@@ -829,38 +849,22 @@ def test_statistics_of_25_utterances_each():
     waves += [tone(200, 0.2), 0.03 * torch.randn(1600)]
     model, _, cfg = started(corpus_of(waves, [0] * 30 + [1, 2]))
     close(model.f0_mean[:2].exp(), [100 * 1.5**0.04, 200.0], 1e-2)
-    assert (
-        abs(model.f0_mean[2].exp() - 104) < 3 and (model.f0_std >= 0.02).all()
-    )  # who has no voice: that of all
     assert model.f0_std[1] == torch.tensor(0.02)
+    close(model.f0_mean[2], 4.8)  # has no voice
+    close(model.f0_std[2], 0.25)
 
 
-def test_nobody_has_a_voice_and_nobody_is_known():
-    """An evaluation on other data: speakers beyond the table; noise only. Nothing breaks, statistics are numbers."""
-    corpus = corpus_of([0.1 * torch.randn(1600) for _ in range(4)], [2, 2, 3, 3])
-    cfg = v.Config(**TINY)
-    model = v.Model(cfg, 2)
-    v.prepare(model, corpus, cfg)
+def test_nobody_has_a_voice_and_digital_silence():
+    """Statistics are numbers, and a band of nothing has a deviation of 0.01."""
+    model, _, cfg = started(corpus_of([0.1 * torch.randn(1600) for _ in range(4)], [0, 0, 1, 1]))
     assert all(x.isfinite().all() for x in model.buffers()) and (model.std > 0).all()
-    close(model.f0_mean, torch.full((2,), 4.85))
-    close(model.f0_std, torch.full((2,), 0.5 / math.sqrt(2)))
-
-
-def test_a_single_voiced_frame_and_digital_silence(monkeypatch):
-    """Are no statistics: that voice gets those of all, and a band of nothing a deviation of 0.01."""
-    f0 = {1600: torch.tensor([[100.0, 0, 200]]), 1760: torch.tensor([[0.0, 0, 130]])}
-    monkeypatch.setattr(v, "yin", lambda wave, cfg: f0[wave.shape[1]])
-    model, _, _ = started(
-        corpus_of([torch.zeros(1600), torch.zeros(1600), torch.zeros(1760)], [0, 0, 1]), units=1
-    )
-    every = torch.tensor([100, 200, 100, 200, 130.0, math.exp(4.6), math.exp(5.1)]).log()
-    close(model.f0_mean[1], every.mean(), 1e-5)
-    close(model.f0_std[1], every.std(), 1e-5)
+    model, _, cfg = started(corpus_of([torch.zeros(1600) for _ in range(4)], [0, 0, 1, 1]))
     close(model.std, torch.full((20,), 0.01))
+    assert all(x.isfinite().all() for x in model.buffers())
 
 
 def test_phases_move_what_they_should(corpus):
-    """Five CPC steps, at the end of the fifth the units, then five of the decoder; the rest bit-equal."""
+    """Five CPC steps, then units and five steps of the decoder; the rest bit-equal."""
     model, optimizers, cfg = started(corpus)
 
     def part(name):
@@ -876,11 +880,8 @@ def test_phases_move_what_they_should(corpus):
         moved = {
             part(name) for name, x in model.state_dict().items() if not torch.equal(x, before[name])
         }
-        assert (
-            moved - {"fitted"}
-            == ({"cpc"}, {"cpc", "centroids"}, {"decoder"})[(step >= 4) + (step > 4)]
-        )
-        assert model.fitted == (step >= 4)
+        expected = {4: {"cpc"}, 5: {"centroids", "decoder"}}
+        assert moved == expected.get(step, {"cpc"} if step < 5 else {"decoder"})
         assert ("decoder_loss" in log) == (step > 4)
         if step > 4:  # not even a gradient
             assert all(
@@ -894,47 +895,77 @@ def test_phases_move_what_they_should(corpus):
 
 @pytest.mark.parametrize(
     "share, steps, first",
-    [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.29, 100, 29)],
+    [(0.43, 700_000, 301_000), (1.0, 10, 10), (0.5, 10, 5), (0.0, 10, 0), (0.07, 100, 7)],
 )
 def test_share_of_cpc(share, steps, first, corpus, monkeypatch):
-    """Units are fitted once, at the end of CPC, also when there is no decoder phase, and there is one step of CPC at least."""
+    """Units are fitted once, before the decoder's first step, or at the end if it has none."""
     cfg, called = v.Config(**TINY | dict(cpc_share=share, steps=steps)), []
-    model = SimpleNamespace(fitted=torch.tensor(1.0))
-    for name, fitted in {"cpc_step": 0, "decoder_step": None, "fit_units": 1}.items():
-        monkeypatch.setattr(
-            v,
-            name,
-            lambda *a, name=name, fitted=fitted: (
-                called.append(name) or (fitted is not None and model.fitted.fill_(fitted))
-            ),
-        )
-    for step in sorted({0, first - 1, first, steps - 1} & set(range(steps))):
+    decoder = SimpleNamespace(state={})
+
+    def fake(name):
+        def call(*given):
+            called.append(name)
+            if name == "decoder_step":
+                decoder.state["a"] = 1
+
+        return call
+
+    for name in ("cpc_step", "decoder_step", "fit_units"):
+        monkeypatch.setattr(v, name, fake(name))
+    for step in sorted({0, first - 1, first, first + 1, steps - 1} & set(range(steps))):
         called.clear()
-        v.train_step(model, {"cpc": 0, "decoder": 0}, corpus, step, cfg)
-        assert called == (
-            ["decoder_step"]
-            if step >= first
-            else ["cpc_step"] + ["fit_units"] * (step == first - 1)
-        )
+        v.train_step(None, {"cpc": 0, "decoder": decoder}, corpus, step, cfg)
+        if step < first:
+            assert called == ["cpc_step"] + ["fit_units"] * (step == steps - 1)
+        else:
+            assert called == ["fit_units"] * (step == first) + ["decoder_step"]
 
 
-def test_resumed_beyond_the_border(corpus):
-    """Six CPC steps, then --steps is lowered so that the next step is the decoder's: units are fitted before it."""
-    model, optimizers, cfg = started(corpus, steps=20)
-    for step in range(6):
+def reloaded(model, optimizers, corpus, cfg):
+    """The model and the optimizers of a checkpoint, as another process would have them."""
+    file = io.BytesIO()
+    state = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    content = dict(speakers=corpus.speakers, model=model.state_dict(), optimizers=state, step=0)
+    torch.save(content, file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+    model = v.Model(cfg, len(corpus.speakers))
+    model.load_state_dict(checkpoint["model"])
+    return v.build(model, corpus, cfg, checkpoint)[:2]
+
+
+def test_units_stay_what_they_are_in_a_resumed_run(corpus, monkeypatch):
+    """Saved and loaded between two steps of the decoder: the units are not fitted again."""
+    model, optimizers, cfg = started(corpus)
+    for step in range(7):
         v.train_step(model, optimizers, corpus, step, cfg)
-    assert model.fitted == 0
+    other, others = reloaded(model, optimizers, corpus, cfg)
+    called = []
+    monkeypatch.setattr(v, "fit_units", lambda *a: called.append(a))
+    v.train_step(model, optimizers, corpus, 7, cfg)
+    v.train_step(other, others, corpus, 7, cfg)
+    assert not called
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name])
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_resumed_beyond_the_border(corpus, load):
+    """Steps of the decoder, then of CPC again, because --steps is raised, then --steps is lowered
+    so that the next step is the decoder's: units are fitted before it."""
+    model, optimizers, cfg = started(corpus, steps=2)
+    v.train_step(model, optimizers, corpus, 1, cfg)
+    cfg = replace(cfg, steps=20)
+    for step in range(2, 6):
+        v.train_step(model, optimizers, corpus, step, cfg)
     before = model.centroids.clone()
-    v.train_step(model, optimizers, corpus, 6, replace(cfg, steps=8))
+    cfg = replace(cfg, steps=8)
+    if load:
+        model, optimizers = reloaded(model, optimizers, corpus, cfg)
+    v.train_step(model, optimizers, corpus, 6, cfg)
     fitted = model.centroids.clone()
-    v.train_step(model, optimizers, corpus, 7, replace(cfg, steps=8))
-    assert (
-        model.fitted == 1
-        and not torch.equal(before, fitted)
-        and torch.equal(fitted, model.centroids)
-    )
-    v.train_step(model, optimizers, corpus, 8, replace(cfg, steps=40))  # CPC again
-    assert model.fitted == 0 and torch.equal(fitted, model.centroids)
+    v.train_step(model, optimizers, corpus, 7, cfg)
+    assert not torch.equal(before, fitted) and torch.equal(fitted, model.centroids)
 
 
 def test_optimizers(corpus):
@@ -956,19 +987,14 @@ def test_optimizers(corpus):
 
 
 def test_decoder_loss_by_hand(corpus):
-    """Mean absolute error of the standardised log-mel, given units, F0 tokens and who speaks."""
-    model, optimizers, cfg = started(corpus)
+    """Mean absolute error of the standardized log-mel, given units, F0 tokens and who speaks."""
+    model, optimizers, cfg = started(corpus, cpc_share=0.1)
+    v.train_step(model, optimizers, corpus, 6, cfg)  # fits the units
     batch = v.get_batch(corpus, cfg, 7)
     with torch.no_grad():
         f0 = model.f0(batch["wave"], batch["speaker"])
-        expected = (
-            (
-                model.decoder(model.units(batch["wave"]), f0, batch["speaker"])
-                - model.features(batch["wave"])
-            )
-            .abs()
-            .mean()
-        )
+        mel = model.decoder(model.units(batch["wave"]), f0, batch["speaker"])
+    expected = (mel - model.features(batch["wave"])).abs().mean()
     close(v.train_step(model, optimizers, corpus, 7, cfg)["decoder_loss"], expected)
 
 
@@ -980,15 +1006,13 @@ def test_decoder_learns(corpus):
 
 
 # -------------------- what it is good for --------------------
-@pytest.mark.parametrize("normalise", [False, True])
-def test_represent(corpus, normalise):
-    model, _, cfg = started(corpus, normalise=normalise)
+def test_represent(corpus):
+    model, _, cfg = started(corpus)
     wave = corpus.wave(3)
     x = v.represent(model, wave, cfg)
     z, c = model(wave[None])
-    assert (
-        list(x) == ["z", "c", "units"] and torch.equal(x["z"], z[0]) and torch.equal(x["c"], c[0])
-    )
+    assert list(x) == ["z", "c", "units"]
+    assert torch.equal(x["z"], z[0]) and torch.equal(x["c"], c[0])
     assert x["units"].shape == (len(wave) // 80,) and x["units"].dtype == torch.int64
     assert torch.equal(x["units"], model.units(wave[None])[0])
     assert not any(y.requires_grad for y in x.values())
@@ -1018,6 +1042,17 @@ def test_convert(corpus):
     )
 
 
+def test_resynthesis_tries_all_speakers_at_once(corpus, monkeypatch):
+    """Without a target the decoder runs once for all speakers, over 10 s at most, and once more."""
+    model, _, cfg = started(corpus)
+    forward, shapes = model.decoder.forward, []
+    monkeypatch.setattr(
+        model.decoder, "forward", lambda *a: shapes.append(tuple(a[0].shape)) or forward(*a)
+    )
+    v.convert(model, [corpus.wave(0), torch.randn(12 * 8000) * 0.1], [None, None], cfg)
+    assert shapes == [(3, 50), (1, 50), (3, 1000), (1, 1200)]
+
+
 def test_vocode_undoes_features(corpus):
     """Features of a tone through Griffin-Lim: nearly the same features, the same pitch."""
     model, _, cfg = started(corpus, n_mels=60, n_fft=512, win=320)
@@ -1032,159 +1067,49 @@ def test_vocode_undoes_features(corpus):
     assert flat[-80:].std() > 0.4 * flat[240:480].std()
 
 
-@pytest.fixture
-def no_examples(monkeypatch):
-    """`sample` without write_examples, which asks the model for more than a test counts or has planted."""
-    monkeypatch.setattr(v, "write_examples", lambda *given: None)
-
-
-def test_examples(tmp_path, monkeypatch):
-    """Four held-out utterances, 3 s of them at most: as they are, rebuilt, and in the voice of the next speaker."""
-    waves = [torch.full((30000 if u else 900,), 0.1 * u) for u in range(6)]
-    corpus = SimpleNamespace(
-        held=np.array([5, 3, 1, 0, 2]),
-        speaker=np.array([0, 1, 2, 0, 1, 2]),
-        speakers=list("abc"),
-        paths=[v.Path(f"u{u}.wav") for u in range(6)],
-        wave=waves.__getitem__,
-    )
-    given = []
-
-    def convert(model, sources, targets, cfg):
-        given.extend(targets)
-        return [wave / 2 if target is None else -wave for wave, target in zip(sources, targets)]
-
-    monkeypatch.setattr(v, "convert", convert)
-    v.write_examples(None, corpus, v.Config(**TINY), tmp_path)
-    assert given == [None] * 4 + [0, 1, 2, 1]
-    for u, voice in zip((5, 3, 1, 0), "abcb"):
-        wave = waves[u][:24000]
-        made = dict(source=wave, reconstruction=wave / 2, conversion=-wave)
-        for kind, expected in made.items():
-            got = v.read_audio(tmp_path / f"u{u}_as_{voice}_{kind}.wav", 8000)
-            close(got, expected, 1e-4)
-    assert len(list(tmp_path.iterdir())) == 12
-
-
-def bits(ids):
-    """Entropy of unit indices in bits, of shares counted one by one."""
-    shares = [(ids == k).double().mean().item() for k in set(ids.tolist())]
-    return -sum(p * math.log2(p) for p in shares)
-
-
-def test_unit_figures_by_hand(tmp_path, monkeypatch, no_examples):
-    """Four units, all alike: perplexity 4, and with 8 symbols in a second 16 bits in it; a single unit: 1 and nothing."""
-    corpus = corpus_of(
-        [torch.zeros(4000), torch.zeros(4000)], [2, 2]
-    )  # unknown speakers: units and InfoNCE alone
-    corpus.speakers = ["s0", "s1"]
-    model, _, cfg = started(corpus, batch_size=2)
-    for ids, perplexity in (([0, 1, 5, 3], 4.0), ([2, 2, 2, 2], 1.0)):
-        monkeypatch.setattr(model, "units", lambda wave: torch.tensor([ids]))
-        metrics = v.sample(model, corpus, cfg, tmp_path)
-        assert metrics["units_used"] == perplexity
-        close(metrics["perplexity"], perplexity)
-        close(metrics["bits_per_second"], 8 * math.log2(perplexity), 1e-5)
-
-
 @pytest.mark.parametrize("negatives", ["batch", "same-speaker", "sequence", "other-sequences"])
-def test_sample(corpus, tmp_path, negatives, no_examples):
-    model, _, cfg = started(corpus, negatives=negatives, n_mels=60, n_fft=512, win=320)
-    metrics = v.sample(model, corpus, cfg, tmp_path)
-    json.dumps(metrics)
-    lines = [line.split() for line in open(tmp_path / "units.txt")]
-    assert [line[0] for line in lines] == [f"u{i}" for i in range(12)]
-    ids = [model.units(corpus.wave(u)[None])[0].tolist() for u in range(12)]
-    assert [list(map(int, line[1:])) for line in lines] == ids
-    every, seconds = torch.tensor(sum(ids, [])), corpus.length.sum() / 8000
-    close(metrics["bits_per_second"], len(every) / seconds * bits(every), 1e-4)
-    assert metrics["units_used"] == len(every.unique())
-    N = {"sequence": 37, "other-sequences": 3 * 37 + 1}.get(negatives, 4 * 37)
-    close(metrics["log_n"], math.log(N))
+def test_sample(tmp_path, monkeypatch, negatives):
+    """InfoNCE over eight batches of held-out utterances; files to listen to, of 3 s at most."""
+    corpus = other_corpus()
+    model, _, cfg = started(corpus, negatives=negatives, batch_size=3)
+    get, drawn = v.get_batch, []
+
+    def get_batch(corpus, cfg, step, draw, utterances):
+        drawn.append((step, draw, get(corpus, cfg, step, draw, utterances)))
+        return drawn[-1][2]
+
+    monkeypatch.setattr(v, "get_batch", get_batch)
+    metrics = json.loads(json.dumps(v.sample(model, corpus, cfg, tmp_path)))
+    assert [(step, draw) for step, draw, _ in drawn] == [(i, 1000) for i in range(8)]
+    used = torch.cat([batch["utterance"] for _, _, batch in drawn])
+    assert set(used.tolist()) == set(corpus.held.tolist())
+    gains = []
+    for _, _, batch in drawn:
+        loss, N = v.info_nce(*model(batch["wave"]), model.predictors, cfg)
+        gains.append(math.log(N) - loss)
+    close(list(metrics["nats_by_step"].values()), torch.stack(gains).mean(0), 1e-5)
+    close(metrics["nats"], torch.stack(gains).mean(), 1e-5)
+    assert list(metrics["nats_by_step"]) == ["1", "2", "3"]
+    names = [f"held_out_{i}_{name}.wav" for i in range(3) for name in CONTOURS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert sf.info(tmp_path / "held_out_0_resynthesis.wav").frames == 24000
+    assert sf.info(tmp_path / "held_out_1_flat_f0.wav").frames == 4000
     model.predictors.weight.data.zero_()
     assert abs(v.sample(model, corpus, cfg, tmp_path)["nats"]) < 1e-5
-    assert list(metrics["nats_by_step"]) == ["1", "2", "3"]
-    close(metrics["nats"], sum(metrics["nats_by_step"].values()) / 3)
-    for error in ("vde", "ffe"):
-        assert list(metrics[error]) == ["copy", "resynthesis", "flat_f0"]
-        assert all(0 <= x <= 1 for x in metrics[error].values())
-    assert all(metrics["ffe"][name] >= metrics["vde"][name] for name in metrics["vde"])
-    assert metrics["ffe"]["copy"] < 0.3
-    files = {p.name for p in tmp_path.glob("*.wav")}
-    assert files == {
-        f"resynthesis_{i}_{name}.wav"
-        for i in range(3)
-        for name in ("copy", "resynthesis", "flat_f0")
-    }
-    assert all(
-        sf.info(tmp_path / f"resynthesis_{i}_copy.wav").frames == corpus.length[i] for i in range(3)
-    )
+
+
+CONTOURS = ("resynthesis", "flat_f0", "hidden_voicing")
 
 
 def other_corpus():
-    """Held out are other utterances than those trained on, of very different lengths, some of unknown speakers."""
+    """Held out are other utterances than those trained on, of very different lengths."""
     lengths = [0.3, 0.4, 4.0, 0.5, 0.3, 0.35, 0.3, 0.45, 0.5, 0.4]
     c = corpus_of(
         [tone(100 + 15 * i, seconds) for i, seconds in enumerate(lengths)],
         [0, 1, 0, 1, 2, 2, 0, 1, 0, 1],
     )
-    c.train, c.held = np.array([0, 1, 6, 7, 8, 9]), np.array([2, 3, 4, 5])
-    c.speakers = ["s0", "s1"]
+    c.train, c.held = np.array([0, 1, 5, 6, 7, 8, 9]), np.array([2, 3, 4])
     return c
-
-
-@pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
-def test_sample_on_held_out_speech(tmp_path, monkeypatch, negatives, no_examples):
-    """InfoNCE on eight batches of different held-out utterances, not those of training steps; F0 of known speakers, of 3 s
-    at most; unit figures per second, of all utterances."""
-    corpus = other_corpus()
-    model, _, cfg = started(corpus, negatives=negatives, batch_size=3)
-    get, asked, forward, given = v.get_batch, [], model.decoder.forward, []
-    monkeypatch.setattr(
-        v,
-        "get_batch",
-        lambda corpus, cfg, step, draw, utterances: (
-            asked.append((step, draw, utterances.tolist()))
-            or get(corpus, cfg, step, draw, utterances)
-        ),
-    )
-    monkeypatch.setattr(model.decoder, "forward", lambda *a: given.append(a) or forward(*a))
-    metrics = v.sample(model, corpus, cfg, tmp_path)
-    assert [a[:2] for a in asked] == [(i, 1000) for i in range(8)]
-    used = [a[2] for a in asked]
-    if negatives == "batch":
-        assert used[:4] == [[2, 3, 4], [5, 2, 3], [4, 5, 2], [3, 4, 5]]
-    else:
-        assert all(u in ([2], [3], [4, 5], [5, 4]) for u in used) and len(set(map(str, used))) > 1
-    gains = []
-    for a in asked:
-        loss, N = v.info_nce(
-            *model(get(corpus, cfg, a[0], a[1], np.array(a[2]))["wave"]), model.predictors, cfg
-        )
-        gains.append((math.log(N) - loss, math.log(N)))
-    close(metrics["nats"], torch.stack([g for g, _ in gains]).mean(), 1e-5)
-    close(metrics["log_n"], sum(n for _, n in gains) / 8)
-    assert [len(a[0][0]) for a in given[::2]] == [300, 50] and [int(a[2]) for a in given[::2]] == [
-        0,
-        1,
-    ]  # 4 and 5: unknown
-    assert sf.info(tmp_path / "resynthesis_0_copy.wav").frames == 24000
-    ids = [model.units(corpus.wave(u)[None])[0] for u in (2, 3, 4, 5)]
-    seconds, every = 5.15, torch.cat(ids)
-    assert len(open(tmp_path / "units.txt").readlines()) == 4
-    close(metrics["perplexity"], 2 ** bits(every), 1e-5)
-    close(metrics["bits_per_second"], len(every) / seconds * bits(every), 1e-4)
-    heard = [
-        v.yin(v.read_audio(tmp_path / f"resynthesis_{i}_copy.wav", 8000)[None], cfg)[0]
-        for i, u in enumerate((2, 3))
-    ]
-    truth = [v.yin(corpus.wave(u)[None, :24000], cfg)[0] for u in (2, 3)]
-    wrong = (
-        torch.cat([(a > 0) != (b > 0) for a, b in zip(heard, truth)]).float().mean()
-    )  # of frames, not of utterances
-    close(metrics["vde"]["copy"], wrong, 0.02)
-    corpus.held = corpus.held[2:]  # unknown speakers alone
-    assert v.sample(model, corpus, cfg, tmp_path)["vde"] == {}
 
 
 @pytest.mark.parametrize("negatives", ["batch", "same-speaker"])
@@ -1196,72 +1121,26 @@ def test_training_keeps_off_the_held_out(monkeypatch, negatives):
     )
     for step in (*range(12), *range(30, 36)):
         v.train_step(model, optimizers, corpus, step, cfg)
-    assert drawn == {0, 1, 6, 7, 8, 9}
+    assert drawn == {0, 1, 5, 6, 7, 8, 9}
 
 
-def test_f0_errors_are_relative_to_the_source(corpus, tmp_path, monkeypatch, no_examples):
-    """100 Hz in the source and 121 in the copy is an error; the other way round it would be none."""
-    model, _, cfg = started(corpus)
-    monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
-    monkeypatch.setattr(
-        v,
-        "yin",
-        lambda wave, cfg: torch.full(
-            (1, 1 + wave.shape[1] // 80), 121.0 if (wave == 0.5).all() else 100.0
-        ),
-    )
-    assert v.sample(model, corpus, cfg, tmp_path)["ffe"] == dict.fromkeys(
-        ("copy", "resynthesis", "flat_f0"), 1.0
-    )
-
-
-def test_figures_over_utterances(tmp_path, monkeypatch, no_examples):
-    """Units are counted over all utterances, and F0 errors are shares of all frames."""
-    corpus = other_corpus()
-    corpus.held = corpus.held[:2]
-    model, _, cfg = started(corpus)
-    rows = {32000: torch.tensor([[0, 0, 1, 1]]), 4000: torch.tensor([[1, 1, 2]])}
-    monkeypatch.setattr(
-        model,
-        "units",
-        lambda wave: rows.get(wave.shape[1], torch.zeros(1, wave.shape[1] // 80, dtype=torch.long)),
-    )
-    monkeypatch.setattr(model, "vocode", lambda mel, samples: torch.full((1, samples), 0.5))
-    monkeypatch.setattr(model.decoder, "forward", lambda units, f0, s: None)
-
-    def silent(wave):  # the long one loses all voicing, the short none
-        return wave.shape[1] == 24000 and (wave == 0.5).all()
-
-    monkeypatch.setattr(
-        v,
-        "yin",
-        lambda wave, cfg: torch.full((1, 1 + wave.shape[1] // 80), 0.0 if silent(wave) else 100.0),
-    )
-    metrics = v.sample(model, corpus, cfg, tmp_path)
-    close(metrics["bits_per_second"], 7 / 4.5 * bits(torch.tensor([0, 0, 1, 1, 1, 1, 2])), 1e-5)
-    close(metrics["vde"]["copy"], 301 / (301 + 51), 1e-5)
-
-
-def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch, no_examples):
-    """What the decoder is given: every voiced frame the middle token; the true speaker; the units of the utterance."""
+def test_flat_f0_is_flat(corpus, tmp_path, monkeypatch):
+    """What the decoder is given: the F0 of the utterance; every voiced frame the middle token; all
+    frames the middle token. Each with the true speaker and the units of the utterance."""
     model, _, cfg = started(corpus)
     given, forward = [], model.decoder.forward
     monkeypatch.setattr(model.decoder, "forward", lambda *a: given.append(a) or forward(*a))
     v.sample(model, corpus, cfg, tmp_path)
-    assert len(given) == 24
-    for u in range(12):
-        (units, f0, s), (same, flat, t) = given[2 * u : 2 * u + 2]
+    assert len(given) == 9
+    for u in range(3):
         wave = corpus.wave(u)[None]
-        assert (
-            torch.equal(units, model.units(wave))
-            and torch.equal(units, same)
-            and s == t == corpus.speaker[u]
-        )
-        assert (
-            torch.equal(f0, model.f0(wave, s))
-            and torch.equal(flat, torch.where(f0 > 0, 10, 0))
-            and (f0 > 0).any()
-        )
+        s = torch.tensor([corpus.speaker[u]])
+        f0 = model.f0(wave, s)
+        assert (f0 > 0).any() and (f0 == 0).any()
+        contours = (f0, torch.where(f0 > 0, 10, 0), torch.full_like(f0, 10))
+        for (units, contour, speaker), expected in zip(given[3 * u : 3 * u + 3], contours):
+            assert torch.equal(units, model.units(wave)) and torch.equal(contour, expected)
+            assert torch.equal(speaker, s)
 
 
 # -------------------- the whole --------------------
@@ -1294,27 +1173,31 @@ def probes(model, corpus, cfg, utterances):
     return table
 
 
-def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
-    """Both phases, against the untrained control: c and units gain phones, c loses the speaker, by whom negatives of the same
-    sequence cannot be told, InfoNCE falls below log N, and far more conversions than sources are closer to the target's average spectrum than to the source's."""
+def test_a_fifth_of_the_toy_run(toy_folder, monkeypatch):
+    """Both phases, against the untrained control. c and units gain phones. c loses the speaker, by
+    whom negatives of the same sequence cannot be told, and units keep no more of the speaker than c
+    has left: little, after so few steps. InfoNCE falls below log J. Far more conversions than
+    sources are closer to the target's average spectrum than to the source's."""
     monkeypatch.chdir(toy_folder)
-    cfg = v.Config(**v.TOY | dict(steps=300, cpc_share=0.8, device="cpu"))
+    cfg = v.Config(**v.TOY | dict(steps=250, cpc_share=0.72, device="cpu"))
     with redirect_stdout(io.StringIO()):
         corpus = v.load_corpus(cfg)
     torch.manual_seed(0)
     model = v.Model(cfg, len(corpus.speakers))
     v.prepare(model, corpus, cfg)
-    untrained = probes(model.eval(), corpus, cfg, 400)
+    untrained = probes(model.eval(), corpus, cfg, 300)
     optimizers = v.make_optimizers(model, cfg)
     logs = [v.train_step(model.train(), optimizers, corpus, step, cfg) for step in range(cfg.steps)]
-    trained = probes(model.eval(), corpus, cfg, 400)
-    assert logs[239]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.7 * logs[240]["decoder_loss"]
+    trained = probes(model.eval(), corpus, cfg, 300)
+    assert logs[179]["nats"] > 0.4 and logs[-1]["decoder_loss"] < 0.75 * logs[180]["decoder_loss"]
     assert trained["c"]["phone"] > untrained["c"]["phone"] + 0.1
     assert trained["c"]["speaker"] < untrained["c"]["speaker"] - 0.1
     assert trained["units"]["phone"] > untrained["units"]["phone"] + 0.1
-    us = corpus.held[:32]
+    assert trained["units"]["speaker"] < untrained["c"]["speaker"] - 0.1
+
+    us = corpus.held[:24]
     source = torch.from_numpy(corpus.speaker[us])
-    aims = (source + 1 + torch.arange(32) % 23) % 24
+    aims = (source + 1 + torch.arange(24) % 23) % 24
     waves = [corpus.wave(u) for u in us]
 
     def spectrum(wave):
@@ -1334,7 +1217,7 @@ def test_a_quarter_of_the_toy_run(toy_folder, monkeypatch):
         return (off(waves, aims) < off(waves, source)).float().mean()
 
     made = v.convert(model, waves, aims.tolist(), cfg)
-    assert closer(made) > closer(waves) + 0.5
+    assert closer(made) > closer(waves) + 0.3
 
 
 @GPU

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of the method in dim.py: closed forms, naive loops, which step moves what, and one short run."""
+"""Checks of dim.py: golden values of the authors' code, closed forms, single steps, one run."""
 
 import copy
 import io
@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 from contextlib import redirect_stdout
-from types import SimpleNamespace
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def close(x, y, tolerance=1e-6):
 
 
 def corpus_of(waves, speaker):
-    """What the method needs of a Corpus: waves of any lengths, all of them training and held-out utterances."""
+    """What the method needs of a Corpus. All utterances are both of training and held out."""
     length = np.array([len(w) for w in waves])
     audio = (torch.cat(list(waves)) * 32768).round().clamp(-32768, 32767).short()
     c = SimpleNamespace(
@@ -84,22 +85,17 @@ def voice(pitch, seconds, rate=8000):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Three utterances of each of four voices, one of each held out; a test set of two other voices, numbered from 0, again
-    three of each, of which four utterances count."""
+    """Three utterances of each of four voices, one of each held out; a test set of two others."""
     torch.manual_seed(1)
-    c, test = (
-        corpus_of(
-            [
-                voice(100 * 1.3**s * (1 + 0.02 * u), 0.4 + 0.05 * u)
-                for s in voices
-                for u in range(3)
-            ],
-            np.repeat(range(len(voices)), 3),
-        )
-        for voices in (range(4), range(4, 6))
-    )
-    c.test, c.held, test.held = test, np.array([2, 5, 8, 11]), np.array([0, 1, 3, 4])
-    test.speakers = ["s4", "s5"]
+    corpora = []
+    for voices in (range(4), range(4, 6)):
+        waves = []
+        for number in voices:
+            for u in range(3):
+                waves.append(voice(100 * 1.3**number * (1 + 0.02 * u), 0.4 + 0.05 * u))
+        corpora.append(corpus_of(waves, np.repeat(range(len(voices)), 3)))
+    c, c.test = corpora
+    c.held, c.test.held = np.array([2, 5, 8, 11]), np.array([0, 1, 3, 4])
     c.train = np.setdiff1d(c.train, c.held)
     return c
 
@@ -113,7 +109,7 @@ def started(corpus, **options):
 
 
 def trained(corpus, **options):
-    """As started(), one step on, so that the encoder is not its control, in eval mode."""
+    """As started(), one step on, in eval mode."""
     model, optimizers, cfg = started(corpus, **options)
     v.train_step(model.train(), optimizers, corpus, 0, cfg)
     return model.eval(), optimizers, cfg
@@ -123,20 +119,122 @@ def trained(corpus, **options):
 def drawn(monkeypatch):
     """Every batch that is drawn: (corpus, step, draw, utterances)."""
     seen, inner = [], v.get_batch
-    monkeypatch.setattr(
-        v,
-        "get_batch",
-        lambda corpus, cfg, step, draw=0, utterances=None: (
-            seen.append((corpus, step, draw, utterances if utterances is None else set(utterances)))
-            or inner(corpus, cfg, step, draw, utterances)
-        ),
-    )
+
+    def get_batch(corpus, cfg, step, draw=0, utterances=None):
+        chosen = None if utterances is None else utterances.tolist()
+        seen.append((corpus, step, draw, chosen))
+        return inner(corpus, cfg, step, draw, utterances)
+
+    monkeypatch.setattr(v, "get_batch", get_batch)
     return seen
 
 
 def square(p, q):
     """One positive logit p and one negative q everywhere -> u (2, 2, 1)."""
     return torch.tensor([[[p], [q]], [[q], [p]]], dtype=torch.float32)
+
+
+# -------------------- golden values --------------------
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "dim.json").read_text())
+
+
+def formula(k, shape, scale=1.0, offset=0.0):
+    """The numbers of layer k of the golden file, in float64."""
+    p = 1_000_003
+    i = torch.arange(math.prod(shape)) % p
+    square = i * i % p
+    h = 271829 * (square * i % p) + 314159 * ((k + 1) * square % p)
+    h = (h + 161803 * ((k + 3) * i % p) + 577215 * (k + 1)) % p
+    return (offset + scale * (2 * h.double() / p - 1)).view(shape)
+
+
+def filled(part):
+    """The tensors of a part of the golden file, in its order."""
+    return [formula(x["k"], x["shape"], x["scale"], x["offset"]) for x in part["layers"]]
+
+
+def same(ours, golden):
+    """Holds a tensor, or the sampled entries, mean and mean square of one, to the golden values."""
+    ours, tolerance = ours.detach().double(), golden["tolerance"]
+    if "index" not in golden:
+        assert abs(ours - golden["value"]) <= tolerance * max(1, abs(golden["value"]))
+        return
+    assert list(ours.shape) == golden["shape"]
+    scale = math.sqrt(golden["mean_square"])
+    value = torch.tensor(golden["value"], dtype=torch.float64)
+    assert (ours.flatten()[golden["index"]] - value).abs().max() <= tolerance * scale
+    assert abs(ours.mean() - golden["mean"]) <= tolerance * scale
+    assert abs(ours.square().mean() - golden["mean_square"]) <= 2 * tolerance * scale**2
+
+
+def test_the_formula_of_the_golden_values():
+    for check in GOLDEN["fill_check"]:
+        assert abs(formula(check["k"], (check["i"] + 1,))[-1] - check["value"]) < 1e-12
+
+
+@pytest.mark.parametrize("case", GOLDEN["bounds"]["results"])
+def test_bounds_are_those_of_the_authors(case):
+    """Values and gradients. D5: for nce the golden file has the authors' mask made exact."""
+    golden = GOLDEN["bounds"]["results"][case]
+    u = (golden["scale_of_u"] * filled(GOLDEN["bounds"])[0]).requires_grad_()
+    value = v.bound(u, golden["objective"])
+    same(value, golden["bound"])
+    same(torch.autograd.grad(value, u)[0], golden["gradient_to_u"])
+
+
+def test_prior_losses_are_those_of_the_authors():
+    """D7: non-saturating, and with the penalty of their code."""
+    golden = GOLDEN["prior"]["outputs"]
+    real, fake, *weights = filled(GOLDEN["prior"])
+    critic = v.prior_critic(6).double()
+    for parameter, value in zip(critic.parameters(), weights, strict=True):
+        parameter.data.copy_(value)
+    same(critic(real), golden["d_real"])
+    same(critic(fake), golden["d_fake"])
+
+    plain = v.prior_critic_loss(critic, real, fake, 0.0)
+    loss = v.prior_critic_loss(critic, real, fake, 1.0)
+    same(plain, golden["critic_loss_without_penalty"])
+    same(loss - plain, golden["penalty_mean_of_both"])
+    gradient = torch.autograd.grad(loss, critic[2].weight)[0]
+    same(gradient, golden["gradient_of_critic_loss_with_mean_penalty_to_weight_of_dense_2"])
+    for rows in ("real", "fake"):
+        x = {"real": real, "fake": fake}[rows]
+        difference = v.prior_critic_loss(critic, x, x, 1.0) - v.prior_critic_loss(critic, x, x, 0.0)
+        same(difference, golden[f"penalty_{rows}"])
+
+    q = fake.clone().requires_grad_()
+    loss = v.prior_loss(critic, q)
+    same(loss, golden["encoder_loss"])
+    same(torch.autograd.grad(loss, q)[0], golden["gradient_of_encoder_loss_to_fake"])
+
+
+def test_a_branch_of_the_dot_critic_is_that_of_the_authors():
+    golden = GOLDEN["dot_critic_branch"]["outputs"]
+    x, *weights, mean, variance = filled(GOLDEN["dot_critic_branch"])
+    branch = v.Branch(6, 32).double()
+    order = [
+        branch.enter.weight,
+        branch.norm.weight,
+        branch.norm.bias,
+        branch.leave.weight,
+        branch.leave.bias,
+        branch.shortcut.weight,
+        branch.layer_norm.weight,
+        branch.layer_norm.bias,
+    ]
+    for parameter, value in zip(order, weights, strict=True):
+        parameter.data.copy_(value)
+    x.requires_grad_()
+    z = branch(x)
+    same(z, golden["training"])
+    (gradient,) = torch.autograd.grad(z.square().sum(), x)
+    same(gradient, golden["gradient_of_sum_of_squares_to_x_training"])
+    same(branch.norm.running_mean, golden["running_mean_after_one_training_pass_from_0"])
+    same(branch.norm.running_var, golden["running_variance_after_one_training_pass_from_1"])
+    branch.norm.running_mean.copy_(mean)
+    branch.norm.running_var.copy_(variance)
+    same(branch.eval()(x), golden["evaluation"])
 
 
 # -------------------- the bounds --------------------
@@ -151,77 +249,50 @@ def square(p, q):
     ],
 )
 def test_jsd_values(p, q, s):
-    value, ceiling = v.bound(square(p, q), "jsd")
-    close(value, s, 1e-6)
-    close(ceiling, 2 * LOG2)
+    close(v.bound(square(p, q), "jsd"), s, 1e-6)
 
 
-def test_jsd_is_binary_cross_entropy_in_another_dress():
-    """With as many negatives as positives 2 BCE = 2 log 2 - jsd; with more, the two means stay separate."""
+def test_jsd_is_binary_cross_entropy_up_to_constants():
+    """D6: with as many negatives as positives 2 BCE = 2 log 2 - jsd."""
     u = torch.randn(2, 2, 5)
     labels = torch.eye(2)[..., None].expand(2, 2, 5)
-    close(2 * F.binary_cross_entropy_with_logits(u, labels), 2 * LOG2 - v.bound(u, "jsd")[0])
-    u = torch.randn(4, 4, 5)
-    p, q = (
-        torch.stack([u[i, j] for i in range(4) for j in range(4) if (i == j) == same])
-        for same in (True, False)
-    )
-    close(v.bound(u, "jsd")[0], 2 * LOG2 - F.softplus(-p).mean() - F.softplus(q).mean())
+    close(2 * F.binary_cross_entropy_with_logits(u, labels), 2 * LOG2 - v.bound(u, "jsd"))
 
 
-def test_dv_values():
+def test_dv_ignores_a_constant_and_does_not_overflow():
     u = torch.randn(4, 4, 5, dtype=torch.float64)
-    p, q = (
-        torch.cat([u[i, j] for i in range(4) for j in range(4) if (i == j) == same])
-        for same in (True, False)
-    )
-    value, ceiling = v.bound(u, "dv")
-    close(
-        value, p.mean() - q.exp().mean().log(), 1e-9
-    )  # ONE logarithm of ONE mean over all negatives
-    close(v.bound(u + 7, "dv")[0], value, 1e-9)  # a constant does not matter
-    assert abs(v.bound(u + 7, "jsd")[0] - v.bound(u, "jsd")[0]) > 1  # to jsd it does
-    close(v.bound(torch.full((3, 3, 4), 5.0), "dv")[0], 0.0)
-    close(ceiling, math.log(4 * 3 * 5))
-    assert (
-        abs(v.bound(500 + torch.randn(40, 40, 1), "dv")[0] + 0.5) < 0.25
-    )  # finite: log E exp of N(500, 1) is 500.5
+    close(v.bound(u + 7, "dv"), v.bound(u, "dv"), 1e-9)
+    assert abs(v.bound(u + 7, "jsd") - v.bound(u, "jsd")) > 1  # to jsd it matters
+    # log E exp of N(500, 1) is 500.5
+    assert abs(v.bound(500 + torch.randn(40, 40, 1), "dv") + 0.5) < 0.25
 
 
-def test_nce_values():
-    """Candidates are the cell itself and all cells of the others, not its own neighbours: N = 1 + (B - 1) T."""
-    u = torch.randn(4, 4, 5, dtype=torch.float64)
-    terms = []
-    for i, t in itertools.product(range(4), range(5)):
-        others = torch.cat([u[i, j] for j in range(4) if j != i])
-        terms.append(u[i, i, t] - (u[i, i, t].exp() + others.exp().sum()).log())
-    value, ceiling = v.bound(u, "nce")
-    close(value, math.log(16) + torch.stack(terms).mean(), 1e-9)
-    close(ceiling, math.log(1 + 3 * 5))
-    close(v.bound(torch.zeros(32, 32, 1), "nce")[0], 0.0)
-    close(v.bound(torch.zeros(32, 32, 1), "nce")[1], math.log(32))
-    close(
-        v.bound(50 * torch.eye(32)[..., None], "nce")[0], math.log(32)
-    )  # never beyond the ceiling
-    close(
-        v.bound(torch.full((8, 8, 1), -30.0), "nce")[0], 0.0
-    )  # a constant of -10 as mask gives -17.9
+@pytest.mark.parametrize("objective", ["jsd", "dv", "nce"])
+def test_a_critic_that_knows_nothing_gives_0(objective):
+    close(v.bound(torch.zeros(5, 5, 3), objective), 0.0)
+
+
+def test_nce_ends_at_log_k():
+    """K = 1 + (B - 1) T'. D5: no constant of -10 in the place of a mask, which would give -17.9."""
+    close(v.bound(50 * torch.eye(32)[..., None], "nce"), math.log(32))
+    close(v.bound(50 * torch.eye(4)[..., None].expand(4, 4, 5), "nce"), math.log(1 + 3 * 5))
+    close(v.bound(torch.full((8, 8, 1), -30.0), "nce"), 0.0)
 
 
 @pytest.mark.parametrize("objective", ["jsd", "dv", "nce"])
 def test_positives_are_the_diagonal(objective):
     u = torch.randn(4, 4, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(v.bound(u, objective)[0], u)
+    (gradient,) = torch.autograd.grad(v.bound(u, objective), u)
     own = torch.eye(4, dtype=torch.bool)
     assert (gradient[own] > 0).all() and (gradient[~own] < 0).all()
     order = torch.randperm(4)
-    close(v.bound(u[order][:, order], objective)[0], v.bound(u, objective)[0], 1e-5)
+    close(v.bound(u[order][:, order], objective), v.bound(u, objective), 1e-5)
 
 
 @pytest.mark.parametrize("objective", ["jsd", "dv", "nce"])
 def test_gradients_stay_finite(objective):
     u = (1e4 * torch.randn(4, 4, 3)).requires_grad_()
-    value = v.bound(u, objective)[0]
+    value = v.bound(u, objective)
     assert value.isfinite() and torch.autograd.grad(value, u)[0].isfinite().all()
 
 
@@ -239,26 +310,23 @@ def pairs(n, rho):
 
 @pytest.mark.parametrize("rho, nce", [(0.3, 0.0468), (0.5, 0.1442), (0.8, 0.4947), (0.9, 0.8065)])
 def test_the_optimal_critic_gives_the_mutual_information(rho, nce):
-    """-0.5 log(1 - rho^2): dv finds it, nce of 64 a little less, and half of jsd is the Jensen-Shannon divergence."""
+    """dv finds -0.5 log(1 - rho^2), nce of 64 a little less; half of jsd is the Jensen-Shannon
+    divergence, here by Monte Carlo."""
+
+    def scores(x, y):
+        return log_ratio(x[None], y[:, None], rho)[..., None]
+
     x, y = pairs(3000, rho)
-    assert (
-        abs(
-            v.bound(log_ratio(x[None], y[:, None], rho)[..., None], "dv")[0]
-            + 0.5 * math.log(1 - rho**2)
-        )
-        < 0.06
-    )
-    batches = [
-        log_ratio(a[None], b[:, None], rho)[..., None]
-        for a, b in zip(*(h.split(64) for h in pairs(64 * 200, rho)))
-    ]
-    assert abs(torch.stack([v.bound(u, "nce")[0] for u in batches]).mean() - nce) < 0.03
-    x, y = (
-        h.double() for h in pairs(200_000, rho)
-    )  # Monte Carlo of the divergence, no critic needed
-    p, q = log_ratio(x, y, rho), log_ratio(x, y.roll(1), rho)
+    assert abs(v.bound(scores(x, y), "dv") + 0.5 * math.log(1 - rho**2)) < 0.06
+    x, y = (h.split(64) for h in pairs(64 * 200, rho))
+    batches = [scores(a, b) for a, b in zip(x, y)]
+    assert abs(torch.stack([v.bound(u, "nce") for u in batches]).mean() - nce) < 0.03
+
+    x, y = pairs(200_000, rho)
+    p = log_ratio(x, y, rho).double()
+    q = log_ratio(x, y.roll(1), rho).double()
     jensen_shannon = (LOG2 - F.softplus(-p)).mean() / 2 + (LOG2 - F.softplus(q)).mean() / 2
-    half = torch.stack([v.bound(u, "jsd")[0] for u in batches]).mean() / 2
+    half = torch.stack([v.bound(u, "jsd") for u in batches]).mean() / 2
     assert abs(half - jensen_shannon) < 0.02 and half < LOG2
 
 
@@ -274,21 +342,15 @@ def test_dot_critic_is_a_scaled_product_of_all_pairs():
     assert u.abs().mean() < 1.5  # of order 1 from the start
 
 
-def test_branch_by_hand():
-    """LayerNorm(dense(ReLU(BatchNorm(dense x))) + shortcut x), the shortcut an identity to begin with."""
+def test_a_branch_begins_near_the_identity():
     branch = v.Branch(3, 8)
-    x = torch.randn(4, 5, 3)
-    h = x.flatten(0, 1) @ branch.enter.weight.T
-    h = ((h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt()).relu()
-    z = h @ branch.leave.weight.T + branch.leave.bias + x.flatten(0, 1) @ branch.shortcut.weight.T
-    z = (z - z.mean(1, keepdim=True)) / (z.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-    close(branch(x), z.view(4, 5, 8), 1e-5)
     w = branch.shortcut.weight
     noise = w - torch.eye(8, 3)
-    assert (
-        (w.diagonal() == 1).all() and -0.01 <= noise.min() < -0.005 and 0.005 < noise.max() <= 0.01
-    )
+    assert (w.diagonal() == 1).all()
+    assert -0.01 <= noise.min() < -0.005 and 0.005 < noise.max() <= 0.01
     assert branch.enter.bias is None and branch.shortcut.bias is None
+    x = torch.randn(4, 5, 3)
+    close(branch(x), branch(x.flatten(0, 1)).view(4, 5, 8), 1e-5)
 
 
 def test_concat_critic_factored_equals_tiled():
@@ -341,7 +403,8 @@ def test_shapes_and_receptive_field():
 
 
 def test_layers_are_those_of_the_docstring():
-    """Five convolutions without bias, each with BatchNorm, the third gives the map; statistics of the fifth go on."""
+    """Five convolutions without bias, each with BatchNorm. The third gives the map, and the
+    statistics of the fifth go on."""
     net = v.Encoder(v.Config(**TINY))
     x = torch.randn(3, 24, 20)
     h, taps = x.mT, [(5, 1, 2), (4, 2, 1), (4, 2, 1), (3, 1, 1), (3, 2, 1)]
@@ -384,7 +447,7 @@ def test_features(corpus):
 
 
 def test_vocode(corpus, monkeypatch):
-    """Undoes `features`; a frame more at the end, the last once again, and cut to the samples asked for."""
+    """Undoes `features`; the last frame counts twice, and the wave is cut to what is asked for."""
     model, _, cfg = started(corpus)
     x = model.features(corpus.wave(0)[None])  # 3200 samples, 41 frames
     rebuilt = model.features(model.vocode(x, 3200))
@@ -401,11 +464,11 @@ def test_vocode(corpus, monkeypatch):
 
 @pytest.mark.parametrize("crop, frames", [(1920, 24), (2000, 25), (1840, 23)])
 def test_decoder(crop, frames):
-    """As many frames as a crop has; y standardised, whatever its size, without weights."""
+    """As many frames as a crop has; y standardized, whatever its size, without weights."""
     net = v.Decoder(v.Config(**TINY | dict(crop=crop)))
     y = torch.randn(16, 6)
     assert net(y).shape == (16, frames, 20) and not list(net.net[0].parameters())
-    close(net(y), net(1e-4 * y + 0.03), 1e-2)
+    close(net(y), net(0.1 * y + 3), 1e-2)
     assert (net(y)[0] - net(y)[1]).abs().max() > 0.01
     still = net.eval()(y)
     close(net(y[:3]), still[:3], 1e-5)  # in eval each by itself
@@ -421,33 +484,61 @@ class Linear(nn.Module):
         return x @ self.w[:, None] + self.b
 
 
-def test_prior_losses_in_closed_form():
-    knows_nothing, v_, q = Linear([0.0, 0.0]), torch.rand(5, 2), torch.rand(5, 2)
-    close(v.prior_critic_loss(knows_nothing, v_, q, 1.0), 2 * LOG2)
-    close(v.prior_loss(knows_nothing, q), LOG2)
-    critic = Linear([3.0, 4.0], 1.0)  # its gradient's norm is 5 everywhere
-    plain = F.softplus(-critic(v_)).mean() + F.softplus(critic(q)).mean()
-    close(v.prior_critic_loss(critic, v_, q, 0.0), plain)
-    close(v.prior_critic_loss(critic, v_, q, 0.5), plain + 12.5, 1e-5)
-    close(v.prior_loss(critic, q), F.softplus(-critic(q)).mean())
+def test_prior_losses_of_a_critic_that_knows_nothing():
+    critic, p, q = Linear([0.0, 0.0]), torch.rand(5, 2), torch.rand(5, 2)
+    close(v.prior_critic_loss(critic, p, q, 1.0), 2 * LOG2)
+    close(v.prior_loss(critic, q), LOG2)
 
 
-def test_penalty_is_the_mean_over_both_kinds():
-    """|x|^2 / 2 has gradient x: the mean of |v|^2 and |q|^2, and it depends on the critic."""
+def test_the_penalty_is_weighted_and_reaches_the_critic():
+    """The gradient of a linear critic is w everywhere: |w|^2 = 25."""
+    critic, p, q = Linear([3.0, 4.0]), torch.rand(5, 2), torch.rand(5, 2)
+    plain, half = (v.prior_critic_loss(critic, p, q, weight) for weight in (0.0, 0.5))
+    close(half - plain, 12.5, 1e-5)
+    close(torch.autograd.grad(half - plain, critic.w)[0], torch.tensor([3.0, 4.0]), 1e-5)
 
-    def half_square(x):
-        return (x**2).sum(1, keepdim=True) / 2
 
-    v_, q = torch.rand(5, 2), 3 * torch.rand(5, 2)
-    expected = (v_.square().sum(1).mean() + q.square().sum(1).mean()) / 2
-    difference = v.prior_critic_loss(half_square, v_, q, 1.0) - v.prior_critic_loss(
-        half_square, v_, q, 0.0
-    )
-    close(difference, expected, 1e-5)
-    critic, losses = Linear([3.0, 4.0]), []
-    for weight in (0.0, 1.0):
-        losses.append(torch.autograd.grad(v.prior_critic_loss(critic, v_, q, weight), critic.w)[0])
-    close(losses[1] - losses[0], torch.tensor([6.0, 8.0]), 1e-4)  # d |w|^2 / dw
+def test_the_prior_losses_mark_nothing_of_their_callers():
+    """No tensor that comes in requires a gradient afterwards, and one that does gets none."""
+    critic, p, q = Linear([3.0, 4.0]), torch.rand(5, 2), torch.rand(5, 2)
+    v.prior_critic_loss(critic, p, q, 1.0).backward()
+    v.prior_loss(critic, q)
+    assert not p.requires_grad and not q.requires_grad
+    y = torch.rand(5, 2, requires_grad=True)
+    v.prior_critic_loss(critic, p, y.sigmoid(), 1.0).backward()
+    assert y.grad is None
+
+
+@pytest.mark.parametrize("loss", ["prior_critic_loss", "prior_loss"])
+def test_the_prior_losses_are_in_float32(loss):
+    """They switch autocast off for the critic, and on again."""
+    seen = []
+
+    def critic(x):
+        seen.append(torch.is_autocast_enabled("cuda"))
+        return x.sum(1, keepdim=True)
+
+    q = torch.rand(5, 2)
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        if loss == "prior_loss":
+            v.prior_loss(critic, q)
+        else:
+            v.prior_critic_loss(critic, q, q, 1.0)
+        assert torch.is_autocast_enabled("cuda") and seen and not any(seen)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+def test_the_prior_loss_does_not_saturate():
+    """D7: where the critic is sure that q is not of the prior, the gradient is full; in the form
+    printed as Eq. (7) it vanishes."""
+    critic, q = Linear([-20.0, -20.0]), torch.rand(5, 2).add(1).requires_grad_()
+    (ours,) = torch.autograd.grad(v.prior_loss(critic, q), q)
+    (printed,) = torch.autograd.grad((1 - critic(q).sigmoid()).log().mean(), q)
+    close(ours, torch.full((5, 2), 20.0 / 5), 1e-4)
+    assert printed.abs().max() < 1e-6
 
 
 def test_encoder_and_prior_critic_have_opposite_signs():
@@ -460,21 +551,23 @@ def test_encoder_and_prior_critic_have_opposite_signs():
 
 
 def test_the_prior_is_reached():
-    """y of its own, no network, driven by the two losses alone: from a corner to the middle of the square, spread."""
-    critic, y = v.discriminator(2), (0.3 * torch.randn(100, 2) + 2).requires_grad_()
-    ours, theirs = torch.optim.Adam([y], 0.02), torch.optim.Adam(critic.parameters(), 1e-3)
+    """y without a network, driven by the two losses alone, from a corner of the square: sigmoid(y)
+    becomes uniform in mean and variance."""
+    critic, y = v.prior_critic(2), (0.3 * torch.randn(100, 2) + 2).requires_grad_()
+    encoder, opponent = torch.optim.Adam([y], 0.04), torch.optim.Adam(critic.parameters(), 2e-3)
     before = y.detach().sigmoid()
-    for _ in range(400):
-        loss = v.prior_critic_loss(critic, torch.rand(100, 2), y.sigmoid().detach(), 0.1)
-        theirs.zero_grad()
+    for _ in range(160):
+        loss = v.prior_critic_loss(critic, torch.rand(100, 2), y.sigmoid(), 0.1)
+        opponent.zero_grad()
         loss.backward()
-        theirs.step()
-        ours.zero_grad()
+        opponent.step()
+        encoder.zero_grad()
         v.prior_loss(critic, y.sigmoid()).backward()
-        ours.step()
+        encoder.step()
     q = y.detach().sigmoid()
     assert (before.mean(0) > 0.8).all() and (before.var(0) < 0.01).all()
-    assert ((q.mean(0) - 0.5).abs() < 0.1).all() and (q.var(0) > 0.04).all()
+    close(q.mean(0), torch.full((2,), 0.5), 0.05)
+    close(q.var(0), torch.full((2,), 1 / 12), 0.015)
 
 
 # -------------------- a step --------------------
@@ -492,11 +585,9 @@ def test_which_step_moves_what(corpus, gamma, moved):
     between = copy.deepcopy(model.state_dict())
     assert changed(before, between) == moved and ("prior_loss" in log) == bool(gamma)
     log = v.train_step(model.train(), optimizers, corpus, 5, cfg)  # the other half of the steps
-    assert changed(between, model.state_dict()) == {
-        "decoder",
-        "control_decoder",
-    }  # and no running mean of an encoder
-    assert log.keys() == {"decoder_loss", "untrained_decoder_loss"}
+    # Of the encoder nothing, no running mean either.
+    assert changed(between, model.state_dict()) == {"decoder"}
+    assert log.keys() == {"decoder_loss"}
 
 
 def test_the_two_players_do_not_move_each_other(corpus, monkeypatch):
@@ -528,27 +619,22 @@ def test_the_loss_is_the_weighted_sum(corpus):
     model, optimizers, cfg = started(corpus, alpha=0.3, beta=0.7, gamma=2.0)
     log = v.train_step(model.train(), optimizers, corpus, 0, cfg)
     close(log["loss"], -0.3 * log["global"] - 0.7 * log["local"] + 2.0 * log["prior_loss"], 1e-5)
-    close(log["local_ceiling"], 2 * LOG2)
     assert all(value.dim() == 0 and not value.requires_grad for value in log.values())
 
 
 def test_every_step_has_a_batch_of_its_own(corpus, drawn):
+    """With --pair cross two crops of each utterance, in the decoder's steps one."""
     model, optimizers, cfg = started(corpus, pair="cross")
     for step in (0, 3, 5, 7):
         v.train_step(model.train(), optimizers, corpus, step, cfg)
-    assert [(step, draw) for _, step, draw, _ in drawn] == [
-        (0, 0),
-        (0, 1),
-        (3, 0),
-        (3, 1),
-        (5, 0),
-        (7, 0),
-    ]
-    assert drawn[1][3] is not None and all(c is corpus for c, *_ in drawn)
+    assert [(step, draw) for _, step, draw, _ in drawn] == [(0, 0), (3, 0), (5, 0), (7, 0)]
+    assert [utterances is None for *_, utterances in drawn] == [False, False, True, True]
+    assert drawn[0][3] != drawn[1][3] and all(c is corpus for c, *_ in drawn)
 
 
 def test_the_order_of_the_players(corpus, monkeypatch):
-    """First the prior's critic, from gradients of its own loss alone, then the encoder against the critic as it is now."""
+    """First the prior's critic, from gradients of its own loss alone, then the encoder against the
+    critic as it is now."""
     model, optimizers, cfg = started(corpus)
     losses, order, inner, step = (
         [],
@@ -579,52 +665,39 @@ def test_the_order_of_the_players(corpus, monkeypatch):
         assert order == [True, "encoder"] * (i + 1)
 
 
-def test_what_the_decoders_learn(corpus):
-    """The squared error of a batch, each from the y of its own encoder, both encoders in eval mode."""
+def test_what_the_decoder_learns(corpus):
+    """The squared error of a batch, from y of the encoder in eval mode."""
     model, optimizers, cfg = trained(corpus)
     x = model.crops(v.get_batch(corpus, cfg, 6)["wave"])
-    expected = {
-        "decoder_loss": (copy.deepcopy(model.decoder).train()(model.encoder(x)[1]) - x)
-        .square()
-        .mean(),
-        "untrained_decoder_loss": (
-            copy.deepcopy(model.control_decoder).train()(model.control(x)[1]) - x
-        )
-        .square()
-        .mean(),
-    }
+    y = model.encoder(x)[1]
+    expected = (copy.deepcopy(model.decoder).train()(y) - x).square().mean()
     given = []
-    for net in (model.decoder, model.control_decoder):
-        net.forward = lambda y, inner=net.forward: given.append(y) or inner(y)
+    forward = model.decoder.forward
+    model.decoder.forward = lambda y: given.append(y) or forward(y)
     log = v.train_step(model.train(), optimizers, corpus, 6, cfg)
-    model.eval()
-    close(given[0], model.encoder(x)[1])
-    close(given[1], model.control(x)[1])
-    assert not torch.equal(given[0], given[1]) and not given[0].requires_grad
-    for name, value in log.items():
-        close(value, expected[name], 1e-5)
-
-
-@pytest.mark.parametrize("objective", ["jsd", "dv", "nce"])
-def test_ceilings_are_those_of_the_batch(corpus, objective):
-    model, optimizers, cfg = started(corpus, objective=objective, alpha=1.0)
-    log = v.train_step(model.train(), optimizers, corpus, 0, cfg)
-    local, whole = {"jsd": (4, 4), "dv": (4 * 3 * 6, 4 * 3), "nce": (1 + 3 * 6, 4)}[objective]
-    close(log["local_ceiling"], math.log(local))
-    close(log["global_ceiling"], math.log(whole))
+    close(given[0], y)
+    assert not given[0].requires_grad
+    close(log["decoder_loss"], expected, 1e-5)
 
 
 @pytest.mark.parametrize("pair", ["same", "cross"])
 def test_pairs(corpus, pair, monkeypatch):
-    """same: y and cells of one crop; cross: y of the first, cells of another crop of the same utterance, through the
-    encoder in one call."""
+    """same: y and cells of one crop; cross: y of the first, cells of another crop of the same
+    utterance (D6), through the encoder in one call; D4: the global critic gets the map pooled."""
     model, _, cfg = started(corpus, pair=pair, alpha=1.0)
     batches, get = [], v.get_batch
     monkeypatch.setattr(v, "get_batch", lambda *given: batches.append(get(*given)) or batches[-1])
-    x = v.segments(model, corpus, cfg, 0)
-    chosen = set(batches[0]["utterance"].tolist())
-    assert len(chosen) == 4 and chosen <= set(corpus.train)
-    close(x[:4], model.crops(batches[0]["wave"]))
+    x = v.draw_crops(model, corpus, cfg, 0)
+    (batch,) = batches
+    close(x, model.crops(batch["wave"]))
+    chosen = batch["utterance"].tolist()
+    assert len(set(chosen)) == 4 and set(chosen) <= set(corpus.train)
+    assert chosen == (chosen[:4] if pair == "same" else chosen[:4] * 2)
+    if pair == "cross":
+        assert (x[:4] - x[4:]).abs().amax((1, 2)).min() > 0.1
+        v.draw_crops(model, corpus, cfg, 1)
+        assert batches[1]["utterance"].tolist() != chosen
+
     calls, given, forward = [], {}, model.encoder.forward
     model.encoder.forward = lambda x: calls.append(x) or forward(x)
     for level, critic in model.critics.items():
@@ -634,15 +707,6 @@ def test_pairs(corpus, pair, monkeypatch):
     u, y = v.scores(model, x, cfg)
     assert len(calls) == 1 and list(u) == ["local", "global"]
     c, ys = forward(x)
-    if pair == "same":
-        assert len(x) == 4 and len(batches) == 1
-    else:
-        batch, other = batches
-        assert len(x) == 8 and torch.equal(other["utterance"], batch["utterance"])
-        close(x[4:], model.crops(other["wave"]))
-        v.segments(model, corpus, cfg, 1)
-        assert not torch.equal(batches[2]["utterance"], batch["utterance"])
-        assert not torch.equal(x[:4], x[4:])
     close(given["local"][0], c[-4:])
     close(given["global"][0], v.pool(c[-4:])[:, None])
     for level in u:
@@ -656,14 +720,12 @@ def test_the_prior_sees_sigmoids_and_the_whole_square(corpus, monkeypatch):
     monkeypatch.setattr(
         v,
         "prior_critic_loss",
-        lambda d, real, fake, w: (
-            seen.append((real.detach().clone(), fake, w)) or inner(d, real, fake, w)
-        ),
+        lambda d, real, fake, w: seen.append((real, fake, w)) or inner(d, real, fake, w),
     )
     monkeypatch.setattr(v, "prior_loss", lambda d, q: seen.append(q) or (0 * q).sum())
     v.train_step(model.train(), optimizers, corpus, 0, cfg)
     (real, fake, weight), q = seen
-    assert weight == cfg.penalty and torch.equal(fake, q) and not fake.grad_fn and q.requires_grad
+    assert weight == cfg.penalty and torch.equal(fake, q) and q.requires_grad
     assert 0 < real.min() < 0.2 and 0.8 < real.max() < 1 and 0 < q.min() and q.max() < 1
 
 
@@ -675,21 +737,12 @@ def test_a_batch_is_learned_by_heart(corpus, monkeypatch):
     assert logs[-1]["local"] > 1.3 > logs[0]["local"] + 0.8
 
 
-def test_decoders_learn_to_tell_crops_apart(corpus, monkeypatch):
+def test_the_decoder_learns_to_tell_crops_apart(corpus, monkeypatch):
     model, optimizers, cfg = started(corpus, lr=1e-2, decoder_channels=32)
     batch = v.get_batch(corpus, cfg, 0)
     monkeypatch.setattr(v, "get_batch", lambda *a: batch)
     logs = [v.train_step(model.train(), optimizers, corpus, 9, cfg) for _ in range(200)]
-    for name in logs[0]:
-        assert logs[-1][name] < 0.5 * logs[0][name], name
-    x = model.crops(batch["wave"])
-    close(logs[0]["decoder_loss"] > 0, True)
-    for net, decoder, name in (
-        (model.encoder, model.decoder, "decoder_loss"),
-        (model.control, model.control_decoder, "untrained_decoder_loss"),
-    ):
-        guess = decoder.train()(net.eval()(x)[1])
-        assert guess.shape == x.shape and F.mse_loss(guess, x) < 1.2 * logs[-1][name] + 0.01
+    assert logs[-1]["decoder_loss"] < 0.5 * logs[0]["decoder_loss"]
 
 
 def test_the_share_of_steps(corpus):
@@ -702,37 +755,23 @@ def test_the_share_of_steps(corpus):
     assert phases == {(0.5, 10): 5, (0.0, 10): 1, (1.0, 10): 10, (0.55, 3): 2}
 
 
-def test_the_control_is_the_encoder_before_training(corpus):
-    model, optimizers, cfg = started(corpus)
-
-    def same():
-        return all(
-            torch.equal(a, b)
-            for a, b in zip(
-                model.encoder.state_dict().values(), model.control.state_dict().values()
-            )
-        )
-
-    assert same()
-    held = {id(p) for o in optimizers.values() for g in o.param_groups for p in g["params"]}
-    assert not any(p.requires_grad or id(p) in held for p in model.control.parameters())
-    assert held == {id(p) for p in model.parameters() if p.requires_grad}
-    v.train_step(model.train(), optimizers, corpus, 0, cfg)
-    assert not same()
-    torch.manual_seed(0)
-    fresh = v.Model(cfg, 4)  # as compare.py makes its own untrained model
-    torch.manual_seed(0)
-    again = v.Model(cfg, 4)
-    v.prepare(again, corpus, cfg)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(fresh.encoder.state_dict().values(), again.control.state_dict().values())
-    )
+def test_the_optimizers_share_out_all_parameters(corpus):
+    model, optimizers, _ = started(corpus, alpha=1.0)
+    held = {}
+    for name, optimizer in optimizers.items():
+        held[name] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    expected = {
+        "encoder": [*model.encoder.parameters(), *model.critics.parameters()],
+        "prior": model.prior.parameters(),
+        "decoder": model.decoder.parameters(),
+    }
+    assert held == {name: {id(p) for p in ps} for name, ps in expected.items()}
+    assert set().union(*held.values()) == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.parametrize("wrong", [dict(batch_size=1), dict(crop=639), dict(alpha=0.0, beta=0.0)])
 def test_sizes_that_teach_nothing(wrong):
-    with pytest.raises(v.UserError, match="--batch-size 2, --crop 8 times --hop, and --alpha"):
+    with pytest.raises(v.UserError, match="--batch-size 2, --crop 8 hops, --alpha or --beta"):
         v.Config(**TINY | wrong)
     v.Config(**TINY | dict(batch_size=2, crop=640))
 
@@ -772,421 +811,93 @@ def test_convert_decodes_crop_by_crop(corpus, monkeypatch):
     close(made[0], torch.cat([crop, crop, crop])[:51], 1e-5)
 
 
-def planted(rows):
-    """An encoder whose y for an utterance of rows[k][0] samples is rows[k][1]: frames tell which it is."""
-    table = {1 + n // 80: torch.tensor(y, dtype=torch.float32) for n, y in rows}
-    return lambda x: (None, table[x.shape[1]][None])
-
-
-def test_retrieval(tmp_path, monkeypatch):
-    """Queries are test utterances, searched among all held-out ones, the query itself left out."""
-    lengths = [1600 + 160 * k for k in range(6)]
-    loud = torch.randn(lengths[3]) * 0.1
-    loud[:800] *= 0.01  # but begins as softly as all others
-    corpus = corpus_of([torch.randn(n) * 0.001 for n in lengths[:3]], [0, 0, 1])
-    corpus.test = corpus_of(
-        [loud, torch.randn(lengths[4]) * 0.1, torch.randn(lengths[5]) * 0.001], [0, 0, 1]
-    )
-    corpus.test.speakers = ["s2", "s3"]  # numbered from 0, as in the corpus, but others
-    corpus.test.paths = [v.Path(f"t{i}.wav") for i in range(3)]
-    corpus.train = np.arange(1)  # nothing is searched among these
-    model, _, cfg = started(corpus)
-    order, who = [3, 4, 5, 0, 1, 2], [2, 2, 3, 0, 0, 1]
-
-    def by_hand(y):
-        y = np.array(y)[order] - np.mean(y, 0)
-        y /= np.linalg.norm(y, axis=1, keepdims=True)
-        cosine = y @ y.T - 3 * np.eye(6)
-        return cosine, np.mean([who[cosine[i].argmax()] == who[i] for i in range(3)])
-
-    def circle(angles):
-        return [
-            [10 * math.cos(a * math.pi / 180), 10 * math.sin(a * math.pi / 180)] for a in angles
-        ]
-
-    good, bad = circle([0, 100, 200, 80, 95, 210]), circle([0, 120, 240, 5, 125, 245])
-    monkeypatch.setattr(model.encoder, "forward", planted(list(zip(lengths, good))))
-    monkeypatch.setattr(model.control, "forward", planted(list(zip(lengths, bad))))
-    found = v.retrieve(model.eval(), corpus, cfg, tmp_path)
-    cosine, right = by_hand(good)
-    mels = [
-        model.features(c.wave(u)[None])[0].mean(0).tolist()
-        for c in (corpus, corpus.test)
-        for u in range(3)
-    ]
-    close(
-        [found[k] for k in ("global", "untrained", "log_mel")],
-        [right, by_hand(bad)[1], by_hand(mels)[1]],
-        1e-6,
-    )
-    assert (
-        right == pytest.approx(1 / 3)
-        and by_hand(bad)[1] == 0
-        and by_hand(mels)[1] == pytest.approx(2 / 3)
-    )
-    close(found["chance"], (1 + 1 + 0) / 3 / 5)  # one other of the same speaker, of five; or none
-    assert found.keys() == {"log_mel", "untrained", "global", "chance"}
-    lines = [line.split() for line in (tmp_path / "retrieval.txt").read_text().splitlines()]
-    assert len(lines) == 2 * 11 and [line[1] for line in lines if "query" in line[0]] == [
-        "t0",
-        "t2",
-    ]
-    assert {line[2] for line in lines if "query" in line[0]} == {
-        "1.000"
-    }  # not the mark that puts it first
-    stems = ["t0", "t1", "t2", "u0", "u1", "u2"]
-    best = cosine[0].argsort()[::-1]
-    assert [line[1] for line in lines[1:6]] == [stems[i] for i in best[:5]]
-    assert [line[1] for line in lines[6:11]] == [stems[i] for i in best[:5][::-1]]
-    close([float(line[2]) for line in lines[1:6]], cosine[0][best[:5]], 1e-3)
-    for name, stem, _ in lines:
-        assert name.endswith(f"_s{who[stems.index(stem)]}.wav")
-        assert sf.info(tmp_path / name).frames == lengths[order[stems.index(stem)]]
-
-
-def test_one_corpus_is_searched_once(tmp_path):
-    corpus = corpus_of(
-        [torch.randn(1600 + 80 * k) * 0.1 for k in range(10)], np.repeat(np.arange(5), 2)
-    )
-    model, _, cfg = started(corpus)
-    close(v.retrieve(model.eval(), corpus, cfg, tmp_path)["chance"], 1 / 9)
-    assert len(list(tmp_path.glob("*query*"))) == 4  # of five speakers
-
-
-def test_200_utterances_of_each_set_are_searched_at_most(tmp_path):
-    corpus = corpus_of([torch.randn(400) * 0.1, torch.randn(480) * 0.1], [0, 1])
-    corpus.test = corpus_of([torch.randn(400) * 0.1, torch.randn(480) * 0.1], [0, 1])
-    corpus.test.speakers = ["s2", "s3"]
-    corpus.held = corpus.test.held = np.repeat([0, 1], [200, 9])
-    model, _, cfg = started(corpus)
-    close(v.retrieve(model.eval(), corpus, cfg, tmp_path)["chance"], 199 / 399)
-
-
-def test_a_single_utterance_has_no_neighbour(tmp_path):
-    corpus = corpus_of([torch.randn(1600) * 0.1] * 2, [0, 1])
-    model, _, cfg = started(corpus)
-    corpus.held = np.array([0])
-    assert set(v.retrieve(model.eval(), corpus, cfg, tmp_path).values()) == {0.0}
-
-
-def test_explained_variance():
-    x = torch.randn(50, 8, 3) + 2 * torch.randn(50, 1, 3) + torch.tensor([5.0, -1.0, 0.0])
-    mean = x.mean(1, keepdim=True)
-    table = v.explained(
-        x, {"all": x, "nothing": x.mean((0, 1)).expand_as(x), "colour": mean.expand_as(x)}
-    )
-    for part in ("all", "long_term", "time_varying"):
-        close(table[part]["all"], 1.0)
-        close(table[part]["nothing"], 0.0, 1e-5)
-    close(table["long_term"]["colour"], 1.0)
-    close(table["time_varying"]["colour"], 0.0, 1e-5)
-    between, within = (mean - x.mean((0, 1))).square().mean(), (x - mean).square().mean()
-    close(table["all"]["colour"], between / (between + within), 1e-4)
-    half = v.explained(
-        x, {"half": x / 2 + x.mean((0, 1)) / 2}
-    )  # an error of half the deviation: 1 - 1 / 4
-    close(torch.tensor([row["half"] for row in half.values()]), torch.full((3,), 0.75), 1e-5)
-
-
-@pytest.mark.parametrize("rho, truth", [(0.0, 0.0), (0.5, 0.1438), (0.9, 0.8304)])
-def test_mine_learns_the_mutual_information(rho, truth):
-    cfg = v.Config(**TINY | dict(batch_size=64, concat_units=64))
-    (x, y), (a, b) = (map(lambda h: h[:, None], pairs(n, rho)) for n in (20_000, 4096))
-    value, ceiling = v.mine(x, y, a, b, 64, cfg)
-    assert abs(value - truth) < 0.08
-    close(ceiling, math.log(64 * 63))
-
-
-def test_critics_are_judged_on_held_out_rows():
-    """Trained where columns and pairs depend on one another, judged where they do not."""
-    cfg = v.Config(**TINY | dict(batch_size=64, concat_units=16))
-    (x, y), (a, b) = (
-        map(lambda h: h[:, None], pairs(n, rho)) for n, rho in ((4096, 0.9), (1024, 0.0))
-    )
-    assert v.mine(x, y, a, b, 64, cfg)[0] < 0
-    assert v.dependency(torch.cat([x, y], 1), torch.cat([a, b], 1), cfg)[0] < 0
-
-
-def test_shuffled_keeps_the_marginals():
-    y = torch.randn(200, 3)
-    s = v.shuffled(y)
-    close(s.sort(0).values, y.sort(0).values, 0)
-    assert (s != y).any(0).all() and not torch.equal(s[:, 0].argsort(), s[:, 1].argsort())
-    y = y[:, :1].repeat(1, 3)  # one column three times over
-    assert torch.corrcoef(v.shuffled(y).T)[0, 1:].abs().max() < 0.3
-
-
-@pytest.mark.parametrize("rho, truth", [(0.0, 0.0), (0.6, 0.8596)])
-def test_dependency_of_gaussians(rho, truth):
-    """-0.5 log det R for four equally correlated columns."""
-    root = torch.linalg.cholesky(torch.full((4, 4), rho) + (1 - rho) * torch.eye(4))
-    close(-0.5 * torch.logdet(root @ root.T), truth, 1e-3)
-    y, held = (torch.randn(n, 4) @ root.T for n in (20_000, 8192))
-    value, ceiling = v.dependency(y, held, v.Config(**TINY | dict(batch_size=128)))
-    assert abs(value - truth) < 0.12
-    close(ceiling, math.log(8 * 8192))
-
-
-def test_dependency_ends_at_its_ceiling():
-    y = torch.randn(2000, 1).repeat(1, 6)
-    value, ceiling = v.dependency(y, y[:256], v.Config(**TINY | dict(batch_size=128)))
-    close(ceiling, math.log(8 * 256))
-    close(value, ceiling)
-
-
-def test_batches_of_few_utterances():
-    cfg = v.Config(**TINY)
-    assert v.batch_of(np.arange(10), 0, cfg).tolist() == [0, 1, 2, 3] and v.batch_of(
-        np.arange(10), 2, cfg
-    ).tolist() == [8, 9, 0, 1]
-    assert v.batch_of(np.arange(3), 1, cfg).tolist() == [
-        0,
-        1,
-        2,
-    ]  # none twice: it would be its own negative
-    assert v.batch_of(np.array([7]), 1, cfg).tolist() == [7, 7]
-
-
-FIGURES = {
-    "nearest": {"log_mel", "untrained", "global", "chance"},
-    "bound": {"local", "local_ceiling"},
-    "mine": {"untrained", "global", "ceiling"},
-    "dependency": {"untrained", "global", "ceiling"},
-    "prior": {"mean", "variance", "uniform"},
-}
-PARTS = {
-    f"r2_{part}{suffix}": {"untrained", "global", "permuted"}
-    for part in ("all", "long_term", "time_varying")
-    for suffix in ("", "_test")
-}
-
-
-def sampled(model, corpus, cfg, out):
-    with redirect_stdout(io.StringIO()) as said:
-        metrics = v.sample(model.eval(), corpus, cfg, out)
-    return metrics, said.getvalue()
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Critics of the figures stay as they begin, where a test is not about these figures."""
-    monkeypatch.setattr(v, "train_critic", lambda *given: None)
-
-
 def test_sample(corpus, tmp_path):
+    """Figures and draws of the prior, the same again: the seed is its own."""
     model, _, cfg = started(corpus)
-    metrics, said = sampled(model, corpus, cfg, tmp_path)
-    assert {name: set(row) for name, row in metrics.items()} == FIGURES | PARTS
+    metrics = v.sample(model.eval(), corpus, cfg, tmp_path)
+    assert {name: set(row) for name, row in metrics.items()} == {
+        "bound": {"local"},
+        "prior": {"mean", "variance"},
+    }
+    assert json.dumps(metrics)
     assert all(math.isfinite(value) for row in metrics.values() for value in row.values())
-    assert (
-        said == "no draws of the prior: sigmoid(y) is not uniform\n"
-        and metrics["prior"]["uniform"] == 0
-    )
-    files = {path.name for path in tmp_path.glob("*.wav")}
-    assert {
-        f"decoded_{i}_{name}.wav"
-        for i in range(3)
-        for name in ("copy", "global", "untrained", "permuted")
-    } <= files
-    assert (
-        not any("prior" in name for name in files)
-        and sum("retrieval" in name for name in files) == 2 * 11
-    )
-    assert sf.info(tmp_path / "decoded_0_copy.wav").frames == cfg.crop
-    again, _ = sampled(model, corpus, cfg, tmp_path)
-    assert again == metrics  # its own seed
+    assert {path.name for path in tmp_path.iterdir()} == {f"prior_{i}.wav" for i in range(3)}
+    assert sf.info(tmp_path / "prior_0.wav").frames == cfg.crop
+    first = (tmp_path / "prior_0.wav").read_bytes()
+    assert v.sample(model, corpus, cfg, tmp_path) == metrics
+    assert (tmp_path / "prior_0.wav").read_bytes() == first
+    assert first != (tmp_path / "prior_1.wav").read_bytes()
+    v.sample(model, corpus, replace(cfg, gamma=0.0), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
-def test_draws_of_the_prior_where_y_is_the_prior(corpus, tmp_path, monkeypatch):
-    """A planted encoder with y = logit of independent uniforms passes the check, and the draws are decoded."""
-    model, _, cfg = started(corpus)
-    encode = model.encoder.forward
-    monkeypatch.setattr(
-        model.encoder, "forward", lambda x: (encode(x)[0], torch.rand(len(x), 6).logit(1e-4))
-    )
+def test_draws_of_the_prior(corpus, tmp_path, monkeypatch):
+    """y = logit(v) with v uniform, decoded."""
+    model, _, cfg = started(corpus, d_global=400)
     given, forward = [], model.decoder.forward
     monkeypatch.setattr(model.decoder, "forward", lambda y: given.append(y) or forward(y))
-    metrics, said = sampled(model, corpus, cfg, tmp_path)
-    assert said == "" and metrics["prior"]["uniform"] == 1 and metrics["prior"]["mean"] < 0.05
-    assert {path.name for path in tmp_path.glob("decoded_*_prior*")} == {
-        f"decoded_{i}_prior.wav" for i in range(3)
-    }
-    drawn = given[0].sigmoid()
-    assert drawn.shape == (3, 6) and 0 < drawn.min() < 0.3 and 0.7 < drawn.max() < 1
-    _, said = sampled(model, corpus, replace(cfg, gamma=0.0), tmp_path / "none")
-    assert "--gamma is 0" in said
+    v.sample(model.eval(), corpus, cfg, tmp_path)
+    (y,) = given
+    drawn = y.sigmoid()
+    assert drawn.shape == (3, 400) and 0 < drawn.min() < 0.05 and 0.95 < drawn.max() < 1
+    close(drawn.mean(), 0.5, 0.05)
+    close(drawn.var(), 1 / 12, 0.02)
 
 
-@pytest.mark.parametrize("spoil", ["mean", "variance", "dependency"])
-def test_a_check_that_fails_refuses(corpus, tmp_path, monkeypatch, spoil):
+def test_how_far_y_is_from_the_prior(corpus, tmp_path, monkeypatch):
+    """Largest errors of mean and variance of an element of sigmoid(y)."""
     model, _, cfg = started(corpus)
-    encode = model.encoder.forward
-
-    def forward(x):
-        q = torch.stack(
-            [(torch.randperm(len(x)) + torch.rand(len(x))) / len(x) for _ in range(6)], 1
-        )
-        q[:, 0] = {"mean": q[:, 0] ** 1.35, "variance": 0.1 + 0.8 * q[:, 0], "dependency": q[:, 1]}[
-            spoil
-        ]
-        return encode(x)[0], q.logit(1e-4)
-
-    monkeypatch.setattr(model.encoder, "forward", forward)
-    metrics, said = sampled(model, corpus, cfg, tmp_path)
-    off = metrics["prior"] | {"dependency": metrics["dependency"]["global"]}
-    beyond = {
-        "mean": off["mean"] > 0.05,
-        "variance": off["variance"] > 0.01,
-        "dependency": off["dependency"] > 1,
-    }
-    assert beyond == {name: name == spoil for name in beyond}
-    assert said == "no draws of the prior: sigmoid(y) is not uniform\n" and not list(
-        tmp_path.glob("decoded_*_prior*")
-    )
+    model.critics.clear()
+    q = torch.full((4, 6), 0.5)
+    q[:, 1] = torch.tensor([0.1, 0.3, 0.5, 0.7])  # mean 0.4, variance 1 / 15
+    q[:, 2] = torch.tensor([0.4, 0.5, 0.7, 0.8])  # mean 0.6
+    monkeypatch.setattr(model.encoder, "forward", lambda x: (torch.zeros(4, 6, 8), q.logit()))
+    prior = v.sample(model.eval(), corpus, cfg, tmp_path)["prior"]
+    close(prior["mean"], 0.1, 1e-5)
+    close(prior["variance"], 1 / 12, 1e-5)  # elements that do not vary
+    q.copy_(torch.rand(4, 6))
+    q[:, 3] = torch.tensor([0.9, 0.9, 0.9, 0.9])
+    close(v.sample(model, corpus, cfg, tmp_path)["prior"]["mean"], 0.4, 1e-5)
 
 
-def test_controls_are_what_they_say(corpus, tmp_path, monkeypatch, hasty):
-    """untrained: the control's vector through ITS decoder; permuted: another utterance's y through the trained one."""
-    model, _, cfg = trained(corpus)
-    given = {}
-    for name in ("decoder", "control_decoder"):
-        net = getattr(model, name)
-        monkeypatch.setattr(
-            net,
-            "forward",
-            lambda y, name=name, inner=net.forward: (
-                given.setdefault(name, []).append(y) or inner(y)
-            ),
-        )
-    seen = {}
-    monkeypatch.setattr(
-        v,
-        "explained",
-        lambda x, rebuilt: seen.update({len(seen): x}) or {"all": dict.fromkeys(rebuilt, 0.0)},
-    )
-    sampled(model, corpus, cfg, tmp_path)
-    for k, x in seen.items():
-        own, other = given["decoder"][
-            1 + 2 * k : 3 + 2 * k
-        ]  # the first are the draws of the prior, none
-        close(own, model.encoder(x)[1], 1e-5)
-        close(given["control_decoder"][k], model.control(x)[1], 1e-5)
-        assert not (own == other).all(1).any()
-        close(other.sort(0).values, own.sort(0).values, 1e-6)
-        assert not torch.equal(given["control_decoder"][k], own)
-    assert [len(x) for x in seen.values()] == [4, 4]  # held-out, and test
-    model, _, cfg = trained(corpus, batch_size=3)
-    seen.clear()
-    sampled(model, corpus, cfg, tmp_path)
-    assert [len(x) for x in seen.values()] == [6, 6]  # all four of each, two of them twice
-
-
-def test_what_sample_measures_on_what(corpus, tmp_path, monkeypatch, drawn):
-    """Critics learn from training speech, standardised, and are judged on held-out speech, standardised alike; R2 is of held-out
-    speech and of the test set; every batch has a step of its own, the bound draws of its own."""
-    model, _, cfg = trained(corpus, pair="cross")
-    given, _ = {"mine": [], "dependency": []}, drawn.clear()
-    for name in given:
-        monkeypatch.setattr(v, name, lambda *a, name=name: given[name].append(a[:-1]) or (0.0, 1.0))
-    sampled(model, corpus, cfg, tmp_path)
-    bound, rest = [b for b in drawn if b[2] in (1000, 1001)], [b for b in drawn if b[2] == 2000]
-    assert len(bound) == 16 and all(c is corpus and us <= set(corpus.held) for c, _, _, us in bound)
-    assert len(rest) == 128 + 16 + 1 + 1 and len(drawn) == 16 + len(rest)
-    learn, judge, (held, test) = rest[:128], rest[128:144], rest[144:]
-    assert [step for _, step, _, _ in learn] == list(range(128)) and [
-        step for _, step, _, _ in judge
-    ] == list(range(16))
-    assert set().union(*(us for _, _, _, us in learn)) == set(corpus.train)
-    assert all(us == set(corpus.held) for _, _, _, us in judge) and all(
-        c is corpus for c, *_ in learn + judge
-    )
-    assert (
-        held[0] is corpus
-        and held[3] == set(corpus.held)
-        and test[0] is corpus.test
-        and test[3] == set(corpus.test.held)
-    )
-    x, ys = v.gather(model, corpus, corpus.train, 128, cfg)
-    x_held, ys_held = v.gather(model, corpus, corpus.held, 16, cfg)
-    assert (len(x), len(x_held)) == (512, 64) and not torch.equal(ys["global"], ys["untrained"])
-    close(ys["global"][:4], model.encoder(x[:4])[1], 1e-5)
-    close(ys["untrained"][:4], model.control(x[:4])[1], 1e-5)
-    for i, name in enumerate(("untrained", "global")):
-        mean, std = ys[name].mean(0), ys[name].std(0)
-        (frames, y, frames_held, y_held, size), twice = given["mine"][i], given["dependency"][i]
-        close(frames, x[:, 12])
-        close(frames_held, x_held[:, 12])
-        close(y.mean(0), torch.zeros(6), 1e-4)
-        close(y.std(0), torch.ones(6), 1e-4)
-        close(y_held, (ys_held[name] - mean) / std, 1e-3)
-        assert torch.equal(twice[0], y) and torch.equal(twice[1], y_held) and size == 4
-
-
-def test_few_held_out_utterances(corpus, tmp_path, monkeypatch, hasty):
-    """No batch of MINE has an utterance twice: it would be its own negative."""
-    model, _, cfg = trained(corpus, batch_size=6)
-    monkeypatch.setattr(
-        v, "mine", lambda x, y, x_held, y_held, size, cfg: (float(size), float(len(x_held)))
-    )
-    metrics, _ = sampled(model, corpus, cfg, tmp_path)
-    assert metrics["mine"]["global"] == 4 and metrics["mine"]["ceiling"] == 64
-
-
-def test_a_dead_dimension_does_no_harm(corpus, tmp_path):
-    model, _, cfg = trained(corpus)
-    with torch.no_grad():
-        model.encoder.dense[-1].weight[0] = 0
-    metrics, _ = sampled(model, corpus, cfg, tmp_path)
-    assert all(math.isfinite(value) for row in metrics.values() for value in row.values())
-
-
-def test_decoded_files(corpus, tmp_path, monkeypatch, hasty):
-    """The first three crops of the test set, as they are and as each decoder makes them."""
-    model, _, cfg = trained(corpus)
-    given = []
-    monkeypatch.setattr(model, "vocode", lambda x, n: given.append(x) or torch.zeros(1, n))
-    sampled(model, corpus, cfg, tmp_path)
-    x, ys = v.gather(model, corpus.test, corpus.test.held, 1, cfg)
-    expected = [x, model.control_decoder(ys["untrained"]), model.decoder(ys["global"])]
-    for row in expected:
-        assert (
-            sum(torch.allclose(mel[0], crop, atol=1e-5) for mel in given for crop in row[:3]) >= 3
-        )
-    close(torch.cat(given[:3]), x[:3], 1e-6)
-    assert len(given) == 12
-
-
-def test_the_bound_is_of_held_out_speech(corpus, tmp_path, monkeypatch, hasty):
-    model, _, cfg = started(corpus, objective="nce", pair="cross", alpha=1.0)
-    seen, inner = [], v.segments
-    monkeypatch.setattr(
-        v,
-        "segments",
-        lambda m, c, cfg, step, draw, us: (
-            seen.append((draw, set(us))) or inner(m, c, cfg, step, draw, us)
-        ),
-    )
-    metrics, _ = sampled(model, corpus, cfg, tmp_path)
-    assert set().union(*(us for _, us in seen)) == set(corpus.held) and {
-        draw for draw, _ in seen
-    } == {1000}
-    close(metrics["bound"]["local_ceiling"], math.log(1 + 3 * 6))
-    close(metrics["bound"]["global_ceiling"], math.log(4))
-    u = [
-        v.bound(
-            v.scores(
-                model, inner(model, corpus, cfg, i, 1000, v.batch_of(corpus.held, i, cfg)), cfg
-            )[0]["local"],
-            "nce",
-        )[0]
-        for i in range(8)
+def test_the_bounds_are_of_held_out_speech(corpus, tmp_path, drawn):
+    """Means over whole batches of different held-out utterances, the encoder in eval mode."""
+    held = SimpleNamespace(**vars(corpus))
+    held.held = np.arange(11)
+    model, _, cfg = trained(corpus, objective="nce", pair="cross", alpha=1.0)
+    drawn.clear()
+    bounds = v.sample(model, held, cfg, tmp_path)["bound"]
+    assert [(step, draw, us) for _, step, draw, us in drawn] == [
+        (0, 1000, [0, 1, 2, 3] * 2),
+        (1, 1000, [4, 5, 6, 7] * 2),
     ]
-    close(metrics["bound"]["local"], torch.stack(u).mean(), 1e-5)
+    us = []
+    for i in range(2):
+        x = v.draw_crops(model, held, cfg, i, 1000, np.arange(4 * i, 4 * i + 4))
+        us.append(v.scores(model, x, cfg)[0])
+    for level in ("local", "global"):
+        close(bounds[level], torch.stack([v.bound(u[level], "nce") for u in us]).mean(), 1e-5)
+
+    drawn.clear()
+    held.held = np.arange(8).repeat(10)
+    v.sample(model, held, cfg, tmp_path)
+    assert len(drawn) == 8  # at most
+
+
+@pytest.mark.parametrize("held, batch", [([7, 3, 5], [7, 3, 5]), ([7], [7, 7])])
+def test_few_held_out_utterances(corpus, tmp_path, drawn, held, batch):
+    """No utterance is twice in a batch, where it would be its own negative. One alone has to be."""
+    few = SimpleNamespace(**vars(corpus))
+    few.held = np.array(held)
+    model, _, cfg = trained(corpus)
+    drawn.clear()
+    assert math.isfinite(v.sample(model, few, cfg, tmp_path)["bound"]["local"])
+    assert [utterances for *_, utterances in drawn] == [batch]
 
 
 # -------------------- the whole --------------------
 def phone_accuracy(model, corpus, cfg):
-    """Of a linear probe of `local`, fitted on frames of training and scored on those of held-out utterances."""
+    """Of a linear probe of `local`, fitted on training and scored on held-out frames."""
     names = [path.relative_to(corpus.root).as_posix() for path in corpus.paths]
     seconds = corpus.length / cfg.sample_rate
     parts = corpus.train[:160], corpus.held[:160]
@@ -1207,11 +918,11 @@ def error_rate(encode, pool):
     return measure.equal_error_rate(x, torch.from_numpy(pool.speaker[us]))
 
 
-def test_two_thirds_of_the_toy_run(toy_folder, tmp_path, monkeypatch):
-    """What the method is for: unseen voices are told apart by y, not by the same encoder untrained and not by log-mel; the
-    time average is kept nearly as well as by the untrained encoder, what varies in time is dropped."""
+def test_a_part_of_the_toy_run(toy_folder, tmp_path, monkeypatch):
+    """What the method is for: unseen voices are told apart by y, not by the same encoder untrained
+    and not by log-mel, and the map loses phones."""
     monkeypatch.chdir(toy_folder)
-    cfg = v.Config(**v.TOY | dict(steps=1000, device="cpu"))
+    cfg = v.Config(**v.TOY | dict(steps=400, infomax_share=0.75, device="cpu"))
     with redirect_stdout(io.StringIO()):
         corpus = v.load_corpus(cfg)
     torch.manual_seed(0)
@@ -1227,24 +938,18 @@ def test_two_thirds_of_the_toy_run(toy_folder, tmp_path, monkeypatch):
     logs = [v.train_step(model.train(), optimizers, corpus, step, cfg) for step in range(cfg.steps)]
     phone, eer = rates()
     log_mel_eer = error_rate(lambda wave: v.log_mel(wave[None], cfg)[0].mean(0), corpus.test)
-    metrics, _ = sampled(model, corpus, cfg, tmp_path)
-    assert logs[299]["local"] > 0.7 and logs[-1]["decoder_loss"] < 0.9 * logs[300]["decoder_loss"]
     assert eer < min(untrained_eer, log_mel_eer) - 0.08
     assert phone < untrained_phone
-    assert metrics["nearest"]["global"] > 5 * metrics["nearest"]["chance"]
-    assert metrics["nearest"]["global"] > max(
-        metrics["nearest"]["log_mel"], metrics["nearest"]["untrained"]
-    )
-    kept, dropped = metrics["r2_long_term"], metrics["r2_time_varying"]
-    assert kept["global"] > 0.5 > 0 > kept["permuted"] and kept["global"] > kept["untrained"] - 0.1
-    assert dropped["global"] < dropped["untrained"] - 0.05
-    assert json.dumps(metrics)
+
+    # The decoder does better than the mean of all speech, whose error is 1, on held-out speech too.
+    assert logs[299]["local"] > 0.7 and logs[-1]["decoder_loss"] < 0.85
+    assert v.sample(model.eval(), corpus, cfg, tmp_path)["bound"]["local"] > 0.7
 
 
 @GPU
 def test_cuda_equals_cpu(corpus):
     model, _, cfg = started(corpus, alpha=1.0)
-    x = v.segments(model, corpus, cfg, 0)
+    x = v.draw_crops(model, corpus, cfg, 0)
     u, y = v.scores(model, x, cfg)
     on_gpu, z = v.scores(model.cuda(), x.cuda(), cfg)
     close(z.cpu(), y, 1e-3)
@@ -1252,11 +957,8 @@ def test_cuda_equals_cpu(corpus):
         close(on_gpu[level].cpu(), u[level], 1e-3)
         for objective in ("jsd", "dv", "nce"):
             with torch.autocast("cuda", torch.bfloat16):  # switched off inside
-                close(
-                    v.bound(on_gpu[level], objective)[0].cpu(),
-                    v.bound(u[level], objective)[0],
-                    1e-3,
-                )
+                value = v.bound(on_gpu[level], objective)
+            close(value.cpu(), v.bound(u[level], objective), 1e-3)
     cfg = replace(cfg, device="cuda")
     optimizers = v.make_optimizers(model, cfg)
     for step in (0, 5):

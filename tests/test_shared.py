@@ -27,13 +27,31 @@ COMMON = (
     "data test out include speaker sample_rate n_fft win hop n_mels crop batch_size steps lr seed "
     "device bf16 log_every save_every"
 ).split()
-ORDER = "Config Encoder Model prepare make_optimizers train_step represent convert sample".split()
+ORDER = "Config Model prepare make_optimizers train_step represent convert sample".split()
 
 # Size is counted in syntax-tree nodes, expressions and statements, which no way of writing can
 # shrink. The toy voices are the data of the quick start, and are counted by themselves.
 PLUMBING_NODES = 3580
 TOY_NODES = 420
 NODES_PER_LINE = 8.5
+METHOD_NODES = dict.fromkeys(SCRIPTS, 2600) | {"vqvae": 3000, "adain_vc": 1800}
+
+DOCSTRING_LINES = 60
+SECTIONS = (
+    "Paper",
+    "Idea",
+    "Model",
+    "Loss",
+    "Symbols",
+    "Differs from the paper",
+    "Not specified in the paper",
+    "Usage",
+)
+PARTS = (
+    "# ---------- model ----------",
+    "# ---------- loss and training step ----------",
+    "# ---------- representation, conversion, sampling ----------",
+)
 
 
 def text(name):
@@ -206,11 +224,24 @@ def test_budgets(name):
     toy = nodes(blocks(source)["toy"])
     assert toy <= TOY_NODES
     assert nodes(shared_part(source)) - toy <= PLUMBING_NODES
+    assert nodes(method_part(source)) <= METHOD_NODES[name]
     assert nodes_per_line(source) <= NODES_PER_LINE
     assert nodes_per_line(shared_part(source)) <= NODES_PER_LINE
-    wide = [line for line in shared_part(source).splitlines() if len(line) > 100]
+    wide = [line for line in source.splitlines() if len(line) > 100]
     assert not wide, wide
     assert source.startswith("# SPDX-License-Identifier: MIT\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_docstring_and_method_have_the_same_sections(name):
+    """At most 60 lines with the same titles in the same order, and three parts below it."""
+    source = text(name)
+    doc = ast.get_docstring(ast.parse(source)).splitlines()
+    assert len(doc) <= DOCSTRING_LINES
+    titles = [title for line in doc for title in SECTIONS if re.match(rf"{title}(  |$)", line)]
+    assert titles == list(SECTIONS)
+    parts = [line for line in method_part(source).splitlines() if line.startswith("# ----")]
+    assert parts == list(PARTS)
 
 
 def test_size_counts_what_is_there():
