@@ -43,8 +43,10 @@ D2  Latents are detached where the encoder is not trained, and in stage 2 the fr
     dropout. The authors leave its dropout on.
 D3  A silent training segment is replaced by another one of its batch. In silence each IN divides
     by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
-D4  Every length is converted and kept. Classifier-1 and critic fit training segments of any one
-    length. The authors' fit 128 frames (classifier-1 takes 121 to 128, the critic 97 to 128).
+D4  Every length is converted and kept: fewer than 9 frames are repeated, and the output is cut to
+    T frames. The authors need 9 frames and return a multiple of 8. The heads of classifier-1 and
+    critic fit training segments of cfg.crop / cfg.hop frames. The authors' fit 128: classifier-1
+    takes 121 to 128 frames, the critic 97 to 128.
 D5  The waveform comes from Griffin-Lim with momentum, and de-emphasis is done in the spectrum. The
     authors use 300 plain iterations and a recursive filter, and trim silence.
 D6  The last layers of generator and critic start at zero, so stage 2 begins with the output of
@@ -54,7 +56,7 @@ U1  The batch size is 32, as in the authors' configuration. Their script ignores
 
 Usage    python adversarial_vc.py                    toy corpus, two minutes on two CPU cores
          python adversarial_vc.py --data DIR         any folder of audio, full size, for a GPU
-         python adversarial_vc.py convert --checkpoint RUN --source a.wav --target ANN --output b.wav
+         python adversarial_vc.py convert --checkpoint RUN --source a.wav --target p5 --output b.wav
          --adversary 0 is the control of the paper's claim. The logged classifier_loss (by chance
          ln S) says little about z: the encoder has learned to mislead that one classifier.
 """

@@ -186,8 +186,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Encoder(nn.Sequential):
-    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop. Kernels are twice as long as strides.
-    With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
+    """g_enc: wave (B, N) -> z (B, T, C), T = N // hop. Kernels are twice as long as the
+    strides. With five layers z_t sees 465 samples, from 160 t - 153 to 160 t + 311."""
 
     def __init__(self, cfg):
         C = cfg.channels
@@ -252,8 +252,7 @@ class Model(nn.Module):
         self.register_buffer("centroids", torch.zeros(cfg.units, cfg.d_context))
         self.encoder = Encoder(cfg)
         self.context = nn.GRU(cfg.channels, cfg.d_context, batch_first=True)
-        predicted = cfg.prediction_steps * cfg.channels
-        self.predictors = nn.Linear(cfg.d_context, predicted, bias=False)
+        self.predictors = nn.Linear(cfg.d_context, cfg.prediction_steps * cfg.channels, bias=False)
         self.decoder = Decoder(cfg, n_speakers)
 
     def forward(self, wave):
@@ -525,7 +524,7 @@ def convert(model, sources, targets, cfg):
         if target is None:
             opening = wave[:, : 10 * cfg.sample_rate]  # enough to choose by
             error = resynthesize(model, opening, speakers) - model.features(opening)
-            target = error.abs().mean((1, 2)).argmin()
+            target = error.abs().mean((1, 2)).argmin(0, keepdim=True)
         mel = resynthesize(model, wave, speakers[target].view(1))
         waves.append(model.vocode(mel, len(source))[0])
     return waves
@@ -534,9 +533,8 @@ def convert(model, sources, targets, cfg):
 def resynthesize(model, wave, speakers):
     """wave (1, N), speakers (S,) -> standardized log-mel (S, T, F): the units and F0 of the wave in
     the voice of each, in one batch."""
-    S = len(speakers)
-    units = model.units(wave).expand(S, -1)
-    f0 = model.f0(wave).expand(S, -1)
+    units = model.units(wave).expand(len(speakers), -1)
+    f0 = model.f0(wave).expand(len(speakers), -1)
     return model.decoder(units, f0, speakers)
 
 
@@ -551,8 +549,9 @@ def sample(model, corpus, cfg, out):
         f0 = model.f0(wave, speaker)
         mean = torch.full_like(f0, cfg.f0_tokens // 2)
         flat = torch.where(f0 > 0, mean, 0)
-        for name, f0 in {"resynthesis": f0, "flat_f0": flat, "hidden_voicing": mean}.items():
-            mel = model.decoder(model.units(wave), f0, speaker)
+        contours = {"resynthesis": f0, "flat_f0": flat, "hidden_voicing": mean}
+        for name, contour in contours.items():
+            mel = model.decoder(model.units(wave), contour, speaker)
             resynthesis = model.vocode(mel, wave.shape[1])
             write_audio(out / f"held_out_{i}_{name}.wav", resynthesis[0], cfg.sample_rate)
 

@@ -41,8 +41,8 @@ Differs from the paper
 D1  The log variance of x is at least -6. In the authors' programs it is unbounded, so that digital
     silence makes the likelihood unbounded as well.
 D2  x has 201 linear bins of a Hann window. Magnitudes are at least 1e-5, deviations at least 0.01.
-    The 2018 program prefers 80 mel bands of a Hamming window, and has no floor for deviations. Its
-    pre-emphasis is left out, because standardization would undo it.
+    The default of the 2018 program is 80 mel bands of a Hamming window, without a floor for
+    deviations. Its pre-emphasis is left out, because standardization all but undoes it.
 D3  Training segments are cut from the waveform with a margin, so that no frame sees an edge, and
     short utterances are repeated. The authors cut the spectrogram and discard short utterances.
 D4  The model of the last step is kept. The authors keep the one with the best bound on a

@@ -368,9 +368,8 @@ def measure(name, config, device, batch_size):
     text.model.train()
     for part, work in parts.items():
         if text.warm(part, work) is not None:
-            print(
-                f"{'':15} {label} {part:15} {1000 * text.seconds(work, times):9.1f} ms", flush=True
-            )
+            milliseconds = 1000 * text.seconds(work, times)
+            print(f"{'':15} {label} {part:15} {milliseconds:9.1f} ms", flush=True)
 
 
 def measure_reading(name):
@@ -442,11 +441,11 @@ def measure_against(name, config, device, batch_size, folder, repeats):
     """Prints the lines of one script and configuration, this text beside that of `folder`."""
     scripts = [import_script(name, folder, "old"), import_script(name, ROOT, "new")]
     overrides = overrides_of(scripts[1], config, device, batch_size)
-    old, new = texts = [prepare(script, overrides) for script in scripts]
-    different = differences(old.cfg, new.cfg)
+    texts = [prepare(script, overrides) for script in scripts]
+    different = differences(*[text.cfg for text in texts])
     if different:
         print(f"note: {name} {config}: {different}", file=sys.stderr)
-    label = f"{name:15} {config:6} {device:5} batch {new.cfg.batch_size:3}"
+    label = f"{name:15} {config:6} {device:5} batch {texts[1].cfg.batch_size:3}"
 
     steps = [text.train_step for text in texts]
     rows = take_turns(texts, steps, "step", repeats)
@@ -476,6 +475,9 @@ def parse():
         if name not in NAMES:
             parser.error(f"{name}: no such script; choose of {', '.join(NAMES)}")
     flags.scripts = flags.scripts or list(NAMES)
+    for name in flags.scripts:
+        if flags.against and not Path(flags.against, f"{name}.py").is_file():
+            parser.error(f"--against {flags.against}: there is no {name}.py")
     return flags
 
 

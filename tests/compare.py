@@ -198,7 +198,7 @@ def open_run(folder, name, scripts, args, corpora):
 
 
 def read_json(file, by_line):
-    """The values of a file, one or one a line; none if there is no file, as in an unfinished run."""
+    """The values of a file, one or one a line; none if there is no file, as if unfinished."""
     if not file.is_file():
         return []
     text = file.read_text("utf-8", "replace")

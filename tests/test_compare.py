@@ -388,7 +388,7 @@ def long_recordings():
 
 
 def test_pieces_of_long_recordings(tmp_path):
-    """Pieces have names and labels of their own, and a line of labels is for the whole recording."""
+    """Pieces have names and labels of their own; a line of labels is for the whole recording."""
     corpus = long_recordings()
     names = [speech.name_of(corpus, u) for u in range(6)]
     assert names[:4] == ["ann/a.wav", "ann/long.wav", "ann/long#2.wav", "ann/long#3.wav"]

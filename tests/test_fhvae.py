@@ -566,11 +566,7 @@ def test_passes_follow_each_other(monkeypatch):
 
 def test_a_table_of_many_segments_is_filled_in_parts(monkeypatch):
     """2048 at a time, each part of other draws; and a table for all but one is filled too."""
-    drawn, corpus = spied(monkeypatch), Stub((400_000,) * 4, held=0)
-    model, _, cfg = started(corpus, sequences=3, hidden=4, layers=1)
-    assert [len(x) for *_, x in drawn] == [3 * 623]
-    drawn.clear()
-    corpus = Stub((400_000,) * 5, held=0)
+    drawn, corpus = spied(monkeypatch), Stub((400_000,) * 5, held=0)
     model, _, cfg = started(corpus, sequences=4, hidden=4, layers=1)
     assert [len(x) for *_, x in drawn] == [2048, 4 * 623 - 2048] and drawn[0][1] != drawn[1][1]
     sequences = v.draw_pass(corpus, cfg, 0)[0]
@@ -707,7 +703,7 @@ def test_nothing_runs_in_bfloat16(monkeypatch):
 def test_overfits_a_few_utterances():
     corpus = Stub(LENGTHS)
     model, optimizers, cfg = started(corpus, lr=5e-3, hidden=24, batch_size=16, sequences=7)
-    logs = [v.train_step(model, optimizers, corpus, step, cfg) for step in range(150)]
+    logs = [v.train_step(model, optimizers, corpus, step, cfg) for step in range(100)]
     first, last = (
         {k: np.mean([log[k] for log in part]) for k in logs[0]} for part in (logs[:10], logs[-10:])
     )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Checks of the method in vqvae.py: numbers worked out by hand, exact identities, and one short run."""
+"""Checks of vqvae.py: golden values of a reference, closed forms, naive loops, and short runs."""
 
+import json
 import math
 from dataclasses import asdict
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,9 +41,13 @@ Z = [[0, 0], [1, 0], [3, 2], [4, 2]]
 E = [[0, 1], [3, 1], [9, 9]]
 
 
-# The sampler in torch records a CUDA graph; its single steps are compared on the CPU too.
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-RUNNING = [(np, "cpu"), pytest.param(torch, "cuda", marks=GPU)]
+# Where the WaveNet is sampled: on a GPU as a CUDA graph.
+RUNNING = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +65,8 @@ def close(x, y, tolerance=1e-6):
 
 
 def hand(**options):
-    """The quantiser of the worked example, and its four latents."""
-    # two samples in a crop, one in a hop: a code has two
-    tiny = dict(hop=1, win=2, n_fft=2, crop=2, device="cpu")
-    options = dict(codes=3, d_code=2, decay=0.9, revive=0.0, smoothing=0.0) | options
-    vq = v.VectorQuantizer(v.Config(**tiny | options))
+    """The quantizer of the worked example, and its four latents."""
+    vq = v.VectorQuantizer(3, 2, **dict(decay=0.9, revive=0.0, smoothing=0.0) | options)
     with torch.no_grad():
         vq.e.copy_(torch.tensor(E))
         vq.M.copy_(vq.e)
@@ -90,37 +92,128 @@ def tones(n, length=1280):
     return wave + 0.01 * torch.randn(n, length)
 
 
-# -------------------- straight-through --------------------
-def test_straight_through_copies_the_gradient():
-    """9.1: the value is the hard one, the gradient reaches the soft one unchanged."""
-    z, hard, G = *torch.randn(2, 4, 2).requires_grad_(), torch.arange(8.0).view(4, 2)
-    z.retain_grad(), hard.retain_grad()
-    out = v.straight_through(hard, z)
-    out.backward(G)
-    close(out, hard)
-    assert torch.equal(z.grad, G) and hard.grad is None
+# -------------------- golden values --------------------
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "vqvae.json").read_text())
+TOLERANCE = 1e-9  # of ours in float64; the file states 1e-5 for float32
 
 
-def test_straight_through_passes_the_quantiser():
-    """9.1: the quantiser hands the decoder's gradient to the latents, exactly."""
-    vq, z = hand()
-    z_q, _, _ = vq.eval()(z)
-    z_q.backward(G := torch.arange(8.0).view(1, 4, 2))
-    assert torch.equal(z.grad, G)
+def formula(k, shape, scale=1.0):
+    """The array that `fill` of the golden file states for layer k, in float64."""
+    p = 1000003
+    i = np.arange(math.prod(shape)) % p
+    square = i * i % p
+    cube = square * i % p
+    h = 271829 * cube + 314159 * (k + 1) * square + 161803 * (k + 3) * i + 577215 * (k + 1)
+    return torch.from_numpy(scale * (2 * (h % p / p) - 1)).view(shape)
 
 
-# -------------------- vector quantisation by hand --------------------
-def test_vq_nearest_codes():
-    """9.2: ids 0 0 1 1, and z_q is those rows of the codebook."""
-    vq, z = hand()
-    z_q, ids, _ = vq.eval()(z)
-    assert ids.tolist() == [[0, 0, 1, 1]]
-    close(z_q, vq.e[ids])
+def assert_golden(x, expected):
+    """The sampled entries, the mean and the mean square of x, relative to its root mean square."""
+    x = x.detach().double()
+    rms = math.sqrt(expected["mean_square"])
+    assert list(x.shape) == expected["shape"]
+    values = torch.tensor(expected["value"], dtype=torch.float64)
+    assert (x.flatten()[expected["index"]] - values).abs().max() <= TOLERANCE * rms
+    assert abs(x.mean() - expected["mean"]) <= TOLERANCE * rms
+    assert abs(x.square().mean() - expected["mean_square"]) <= 2 * TOLERANCE * rms**2
 
 
+def assert_scalar(x, expected):
+    assert abs(x.item() - expected) <= TOLERANCE * max(1, abs(expected))
+
+
+def golden_quantizer(**options):
+    """K = 8 codes of D = 6 at the start of the golden run. D2 is off: the reference revives none."""
+    options = dict(decay=0.9, smoothing=1e-5, revive=0.0) | options
+    vq = v.VectorQuantizer(8, 6, **options).double()
+    e = formula(0, (8, 6), 1.5)
+    e[7] += 9
+    with torch.no_grad():
+        vq.e.copy_(e)
+        vq.N.fill_(5)
+        vq.M.copy_(5 * e)
+    return vq
+
+
+def golden_latents(step):
+    return formula(1300 + step, (4, 10, 6), 1.5) + 0.1 * step * formula(200, (1, 1, 6))
+
+
+def test_golden_formula():
+    """The formula itself, on the values that the file states for it."""
+    for check in GOLDEN["fill_check"]:
+        value = formula(check["k"], (check["i"] + 1,))[-1]
+        assert value.item() == pytest.approx(check["value"], rel=1e-12)
+
+
+def test_golden_moving_averages():
+    """Twenty updates and one pass in evaluation mode of the reference's quantizer (sonnet). Its
+    losses are means over the D entries of a latent, and ours are sums."""
+    golden, D = GOLDEN["ema"], 6
+    vq = golden_quantizer()
+    for step in range(20):
+        z = golden_latents(step).requires_grad_()
+        z_q, ids, loss = vq.train()(z)
+        loss = loss / D
+        assert ids.flatten().tolist() == golden["each_step"]["ids"][step]
+        assert_scalar(loss, golden["each_step"]["commitment_loss"][step])
+        perplexity = golden["each_step"]["perplexity"][step]
+        assert v.perplexity(ids).item() == pytest.approx(perplexity, rel=1e-6)  # of float32
+        expected = golden["after_step"].get(str(step + 1))
+        if expected:
+            (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
+            assert_golden(gradient, expected["gradient_of_commitment_loss_to_z"])
+            total = (z_q * formula(300 + step, z.shape)).sum() + loss
+            (gradient,) = torch.autograd.grad(total, z)
+            key = "gradient_of_sum_of_quantised_times_G_plus_commitment_loss_to_z"
+            assert_golden(gradient, expected[key])
+            assert_golden(z_q, expected["quantised"])
+            assert_golden(vq.e, expected["codebook"])
+            assert_golden(vq.N, expected["averaged_counts"])
+            assert_golden(vq.M, expected["averaged_sums"])
+    assert len(golden["after_step"]) == 3
+
+    before = {name: x.clone() for name, x in vq.state_dict().items()}
+    _, ids, loss = vq.eval()(formula(150, (4, 10, 6), 1.5))
+    assert ids.flatten().tolist() == golden["evaluation_after_20"]["ids"]
+    assert_scalar(loss / D, golden["evaluation_after_20"]["commitment_loss"])
+    assert all(torch.equal(x, before[name]) for name, x in vq.state_dict().items())
+
+
+def test_golden_smoothing():
+    """D3, seen best with a large epsilon: five steps with 0.1."""
+    vq = golden_quantizer(smoothing=0.1)
+    for step in range(5):
+        vq.train()(golden_latents(step))
+    assert_golden(vq.e, GOLDEN["ema_with_large_epsilon"]["codebook_after_5"])
+
+
+def test_golden_codebook_by_gradient():
+    """Eq. (3) with its second term: the loss, and its gradients to the latents and the codes."""
+    golden, vq = GOLDEN["codebook_by_gradient"], golden_quantizer(codebook="gradient")
+    z = formula(400, (4, 10, 6), 1.5).requires_grad_()
+    _, ids, loss = vq.eval()(z)
+    loss = loss / 6
+    loss.backward()
+    assert ids.flatten().tolist() == golden["ids"]
+    assert_scalar(loss, golden["loss"]["value"])
+    assert_golden(z.grad, golden["gradient_to_z"])
+    assert_golden(vq.e.grad, golden["gradient_to_codebook"])
+
+
+def test_golden_mu_law():
+    """280 amplitudes to levels, and all 256 levels to amplitudes."""
+    encode, decode = GOLDEN["mu_law"]["encode"], GOLDEN["mu_law"]["decode"]
+    x = torch.tensor(encode["x"], dtype=torch.float64)
+    assert v.mu_law(x).tolist() == v.mu_law(x.float()).tolist() == encode["y"]
+    x = torch.tensor(decode["x"])
+    assert (v.inverse_mu_law(torch.arange(256)) - x).abs().max() < decode["tolerance_absolute"]
+
+
+# -------------------- vector quantization by hand --------------------
 def test_vq_nearest_by_squared_distance():
     """4.1: argmin of |z|^2 - 2 z e + |e|^2 is the nearest code, for random latents."""
-    vq, z = v.VectorQuantizer(v.Config()).eval(), torch.randn(2, 50, 64)
+    vq, z = v.VectorQuantizer(512, 64).eval(), torch.randn(2, 50, 64)
     assert torch.equal(vq(z)[1], torch.cdist(z, vq.e[None]).argmin(-1))
 
 
@@ -131,12 +224,54 @@ def test_vq_tie_takes_the_lowest_index():
 
 
 def test_vq_commitment_value_and_gradient():
-    """9.2: beta times .75, and its gradient with respect to z."""
+    """9.2: beta times 1.5, the sum over D averaged over four latents, and its gradient to z."""
     vq, z = hand()
-    loss = vq.eval()(z)[2]
+    z_q, ids, loss = vq.eval()(z)
     loss.backward()
-    close(loss, 0.1875)
-    close(z.grad[0], [[0, -0.0625], [0.0625, -0.0625], [0, 0.0625], [0.0625, 0.0625]])
+    assert ids.tolist() == [[0, 0, 1, 1]] and torch.equal(z_q, vq.e[ids])
+    close(loss, 0.25 * 1.5)
+    close(z.grad[0], [[0, -0.125], [0.125, -0.125], [0, 0.125], [0.125, 0.125]])
+
+
+def test_vq_takes_any_shape():
+    """(D,), (n, D) and (B, T', D): the same codes and losses, in training mode too."""
+    z = torch.tensor(Z, dtype=torch.float)
+    for shape in ((2,), (4, 2), (2, 2, 2), (2, 1, 2, 2)):
+        x = z[0] if shape == (2,) else z.view(shape)
+        for training in (False, True):
+            vq, _ = hand()
+            z_q, ids, loss = vq.train(training)(x)
+            assert z_q.shape == x.shape and ids.shape == x.shape[:-1] and loss.shape == ()
+            assert ids.flatten().tolist() == [0, 0, 1, 1][: ids.numel()]
+            close(loss, 0.25 if shape == (2,) else 0.25 * 1.5)
+
+
+def test_vq_guards_its_precision():
+    """Under bfloat16 autocast, and of bfloat16 latents, codes and losses are those of float32, far
+    from the origin too, where bfloat16 distances would pick other codes."""
+    vq, z = v.VectorQuantizer(512, 64, revive=0.0), torch.randn(4, 64, 64) + 10
+    vq.e.data += 10
+    expected = vq.eval()(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vq(z)
+        rough = vq(z.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(rough, vq(z.bfloat16().float())))
+    with torch.autocast("cpu", torch.bfloat16):
+        vq.train()(z)
+    assert {x.dtype for x in vq.state_dict().values()} == {torch.float32}
+
+
+def test_vq_stands_alone():
+    """What people copy: the class runs with torch alone, and knows no settings of this script."""
+    import inspect
+
+    source = inspect.getsource(v.VectorQuantizer)
+    assert "cfg" not in source and "crop" not in source and "hop" not in source
+    scope = {"nn": torch.nn, "torch": torch, "F": F, "dist": torch.distributed}
+    exec(source, scope)
+    z_q, ids, _ = scope["VectorQuantizer"](3, 2)(torch.randn(5, 2))
+    assert z_q.shape == (5, 2) and ids.shape == (5,)
 
 
 def test_vq_codebook_loss_value_and_gradient():
@@ -144,30 +279,9 @@ def test_vq_codebook_loss_value_and_gradient():
     vq, z = hand(codebook="gradient", beta=0.0)
     loss = vq.eval()(z)[2]
     loss.backward()
-    close(loss, 0.75)
-    close(vq.e.grad, [[-0.25, 0.5], [-0.25, -0.5], [0, 0]])
+    close(loss, 1.5)
+    close(vq.e.grad, [[-0.5, 1], [-0.5, -1], [0, 0]])
     assert not z.grad.any()
-
-
-def test_vq_stop_gradients():
-    """9.2: with both terms on, e gets the gradient of the codebook's term alone, z that of the commitment."""
-    vq, z = hand(codebook="gradient")
-    loss = vq.eval()(z)[2]
-    loss.backward()
-    close(loss, 0.9375)
-    close(vq.e.grad, [[-0.25, 0.5], [-0.25, -0.5], [0, 0]])
-    close(z.grad[0], [[0, -0.0625], [0.0625, -0.0625], [0, 0.0625], [0.0625, 0.0625]])
-
-
-def test_vq_loss_is_per_sample():
-    """4.2: |.|^2, a sum over D for a latent, is divided by the samples, as the likelihood is."""
-    close(hand(crop=320)[0].eval()(hand()[1])[2], 0.25 * 1.5 / 320)
-
-
-def test_vq_perplexity_of_the_example():
-    """9.2: two codes, alike often."""
-    vq, z = hand()
-    close(v.perplexity(vq.eval()(z)[1]), 2.0)
 
 
 def test_encoder_gets_no_gradient_from_the_codebook_loss():
@@ -179,19 +293,21 @@ def test_encoder_gets_no_gradient_from_the_codebook_loss():
 
 
 def test_codebook_is_trained_by_one_of_two_ways():
-    """The optimiser holds the codebook if it learns by gradient, and not if it is a moving average."""
+    """The optimizer moves the codebook if it learns by gradient, and not if it is an average."""
     for codebook in ("gradient", "ema"):
         model = tiny(codebook=codebook)
-        held = {
-            id(p)
-            for p in v.make_optimizers(model, model.cfg)["autoencoder"].param_groups[0]["params"]
-        }
-        assert (id(model.bottleneck.e) in held) == (codebook == "gradient")
-        assert {id(p) for p in model.parameters()} - held <= {id(model.bottleneck.e)}
+        optimizer = v.make_optimizers(model, model.cfg)["autoencoder"]
+        before = model.bottleneck.e.clone()
+        _, z_q, _, loss = model.encode(tones(3))
+        (model(z_q, torch.arange(3), tones(3)).mean() + loss).backward()
+        optimizer.step()
+        assert torch.equal(model.bottleneck.e, before) == (codebook == "ema")
+        still = {name for name, p in model.named_parameters() if p.grad is None}
+        assert still == ({"bottleneck.e"} if codebook == "ema" else set())
 
 
 def test_gradient_codebook_is_not_moved_by_the_statistics():
-    """With codebook="gradient" a training pass counts, and leaves e to the optimiser."""
+    """With codebook="gradient" a training pass counts, and leaves e to the optimizer."""
     vq, z = hand(codebook="gradient")
     vq.train()(z)
     close(vq.N, [1.1, 1.1, 0.9])
@@ -199,25 +315,6 @@ def test_gradient_codebook_is_not_moved_by_the_statistics():
 
 
 # -------------------- moving averages --------------------
-def test_ema_without_smoothing():
-    """9.3: N, M and e after one step; the code that no latent chose stays where it was."""
-    vq, z = hand()
-    vq.train()(z)
-    close(vq.N, [1.1, 1.1, 0.9])
-    close(vq.M, [[0.1, 0.9], [3.4, 1.3], [8.1, 8.1]])
-    close(vq.e, [[0.090909, 0.818182], [3.090909, 1.181818], [9, 9]], 2e-6)
-
-
-def test_ema_with_laplace_smoothing():
-    """9.3: e = M / N' with N' = (N + eps) / (sum N + K eps) sum N; N itself is not overwritten."""
-    vq, z = hand(smoothing=0.1)
-    vq.train()(z)
-    close(vq.e, [[0.091398, 0.822581], [3.107527, 1.188172], [8.883871, 8.883871]], 2e-6)
-    close(vq.N, [1.1, 1.1, 0.9])
-    close((vq.M[:, 0] / vq.e[:, 0]), [1.094118, 1.094118, 0.911765], 2e-6)
-    close((vq.M[:, 0] / vq.e[:, 0]).sum(), vq.N.sum(), 2e-6)
-
-
 def test_ema_counts_of_zero_fling_codes_away():
     """9.3: why N starts at 1: with N = 0 and M = e an unused code goes to 8.1e5."""
     vq, z = hand(smoothing=1e-5)
@@ -228,7 +325,7 @@ def test_ema_counts_of_zero_fling_codes_away():
 
 def test_ema_unhit_code_stays_for_long():
     """9.3: with N = 1 and M = e an unused code is in place after 200 steps, also with smoothing."""
-    for smoothing in (0.0, v.Config().smoothing):
+    for smoothing in (0.0, 1e-5):
         vq, z = hand(smoothing=smoothing, decay=0.99)
         for _ in range(200):
             vq.train()(z)
@@ -240,7 +337,7 @@ def test_decoder_sees_the_old_codes():
     vq, z = hand()
     z_q, ids, loss = vq.train()(z)
     close(z_q, torch.tensor(E)[ids])
-    close(loss, 0.1875)
+    close(loss, 0.25 * 1.5)
 
 
 def test_eval_leaves_the_codebook_alone():
@@ -256,18 +353,31 @@ def test_eval_leaves_the_codebook_alone():
 
 
 def test_start_takes_distinct_latents():
-    """4.4: the codes start as K different latents, with N the share of a code in a batch and M = e N."""
-    cfg = v.Config(codes=8, d_code=2)  # 64 crops of 16 latents: 128 for each of 8 codes
-    vq, z = v.VectorQuantizer(cfg), torch.arange(40.0).view(20, 2)
+    """4.4: the codes start as K different latents, with N = 1 and M = e; the first step moves no
+    code away that is near latents, and kills none."""
+    vq, z = v.VectorQuantizer(8, 2), torch.arange(40.0).view(20, 2)
     vq.start(z)
     rows = {tuple(row) for row in vq.e.tolist()}
     assert len(rows) == 8 and rows <= {tuple(row) for row in z.tolist()}
-    assert torch.equal(vq.M, vq.e * 128) and torch.equal(vq.N, torch.full((8,), 128.0))
+    assert torch.equal(vq.M, vq.e) and torch.equal(vq.N, torch.ones(8))
     before = vq.e.clone()
-    vq.update(z[:8].repeat(128, 1), torch.arange(8).repeat(128))
-    assert (vq.N > 100).all() and (
-        vq.e - before
-    ).abs().max() < 1  # nothing is dead after the first step
+    vq.train()(before.repeat(16, 1))
+    close(vq.e, before, 1e-4)
+
+
+def test_prepare_starts_from_the_data(tmp_path, monkeypatch):
+    """Features get mean 0 and deviation 1, and every code is a latent of the data (D4)."""
+    monkeypatch.chdir(tmp_path)
+    cfg = v.Config(**TINY | {"data": str(voices(tmp_path / "data"))})
+    corpus, model = v.load_corpus(cfg), tiny()
+    v.prepare(model, corpus, cfg)
+    assert torch.equal(model.bottleneck.M, model.bottleneck.e)
+    x = model.features(v.get_batch(corpus, cfg, 7)["wave"])
+    assert x.mean().abs() < 0.3 and 0.7 < x.std() < 1.3
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    assert {norm.momentum for norm in norms} == {0.1}
+    h = model.eval().encoder.layers(model.features(v.get_batch(corpus, cfg, 8)["wave"]).mT)
+    assert h.mean().abs() < 0.3 and 0.5 < h.std() < 1.5  # the averages of the norms are set
 
 
 def test_revival_sets_all_three():
@@ -302,25 +412,13 @@ def test_revival_spares_codes_when_the_batch_grows():
     close(vq.e, E, 1e-5)
 
 
-def test_autocast_leaves_the_ids():
-    """9.11: under bfloat16 autocast the nearest codes are those of float32, far from the origin too."""
-    model, z = tiny(codes=512, d_code=64), torch.randn(4, 64, 64) + 10
-    model.encoder.forward = lambda x: z
-    model.bottleneck.e.data += 10
-    with torch.autocast("cpu", torch.bfloat16):
-        _, z_q, ids, loss = model.encode(tones(4))
-    assert torch.equal(ids, model.bottleneck(z)[1]) and z_q.dtype == loss.dtype == torch.float32
-
-
 # -------------------- the other bottlenecks --------------------
-def one_hot(**options):
-    net = v.OneHot(v.Config(codes=3, d_code=3, **options))
+def one_hot():
+    net = v.OneHot(3, 3)
     with torch.no_grad():
-        (
-            net.logits.weight.copy_(torch.eye(3)),
-            net.logits.bias.zero_(),
-            net.e.weight.copy_(torch.eye(3)),
-        )
+        net.logits.weight.copy_(torch.eye(3))
+        net.logits.bias.zero_()
+        net.e.weight.copy_(torch.eye(3))
     return net
 
 
@@ -328,36 +426,44 @@ def one_hot(**options):
     "tau, y", [(1.0, [0.308117, 0.418775, 0.273108]), (0.5, [0.275260, 0.508478, 0.216262])]
 )
 def test_gumbel_softmax_by_hand(monkeypatch, tau, y):
-    """9.8: logits (1, 2, 0) and u = (.5, .25, .75): the soft one-hot at two temperatures."""
+    """9.8: logits (1, 2, 0) and u = (.5, .25, .75): a hard choice, with the gradient of the soft y,
+    dy_1/da = y_1 (onehot_1 - y) / tau, at two temperatures."""
     u = torch.tensor([0.5, 0.25, 0.75])
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, *_, **__: x.copy_(-u.log()))
-    monkeypatch.setattr(v, "straight_through", lambda hard, soft: soft)
-    soft, ids, _ = one_hot().train()(torch.tensor([[[1.0, 2, 0]]]), tau)
-    close(soft[0, 0], y)
+    net, a = one_hot().train(), torch.tensor([[[1.0, 2, 0]]], requires_grad=True)
+    net.tau = tau
+    z_q, ids, _ = net(a)
     assert ids.item() == 1
+    close(z_q[0, 0], [0, 1, 0])
+    y = torch.tensor(y)
+    expected = y[1] * (torch.tensor([0.0, 1, 0]) - y) / tau
+    close(torch.autograd.grad(z_q[0, 0, 1], a)[0][0, 0], expected)
 
 
 def test_gumbel_argmax_samples_the_softmax():
     """9.8: over 2e5 draws the ids are distributed as the softmax of the logits."""
-    ids = one_hot().train()(torch.tensor([1.0, 2, 0]).expand(1, 200_000, 3), 1.0)[1]
+    ids = one_hot().train()(torch.tensor([1.0, 2, 0]).expand(1, 200_000, 3))[1]
     close(ids.flatten().bincount() / 200_000, [0.24473, 0.66524, 0.09003], 4e-3)
-
-
-def test_onehot_is_hard_forward_and_soft_backward(monkeypatch):
-    """5.1: the decoder sees a row of e in both modes; the gradient is that of the soft one-hot."""
-    net, z = one_hot(), torch.tensor([[[1.0, 2, 0]]], requires_grad=True)
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, *_, **__: x.fill_(1))  # no noise
-    for mode in (True, False):
-        z_q, ids, _ = net.train(mode)(z, 1.0)
-        close(z_q, F.one_hot(ids, 3).float())
-        p = z.detach().softmax(-1)[0, 0]
-        close(torch.autograd.grad(z_q[0, 0, 1], z)[0][0, 0], p[1] * (torch.tensor([0.0, 1, 0]) - p))
 
 
 def test_onehot_eval_has_no_noise():
     """5.1: outside training the id is the largest logit."""
     z = torch.randn(2, 100, 3)
-    assert torch.equal(one_hot().eval()(z)[1], z.argmax(-1))
+    z_q, ids, _ = one_hot().eval()(z)
+    assert torch.equal(ids, z.argmax(-1)) and torch.equal(z_q, F.one_hot(ids, 3).float())
+
+
+def test_temperature_falls(tmp_path, monkeypatch):
+    """U5: max(0.5, exp(-rate step)), set by train_step."""
+    monkeypatch.chdir(tmp_path)
+    data = str(voices(tmp_path / "data"))
+    cfg = v.Config(**TINY | {"data": data, "bottleneck": "onehot", "tau_rate": 0.01})
+    corpus, model = v.load_corpus(cfg), tiny(bottleneck="onehot").train()
+    optimizers, tau = v.make_optimizers(model, cfg), []
+    for step in (0, 10, 1000):
+        v.train_step(model, optimizers, corpus, step, cfg)
+        tau.append(model.bottleneck.tau)
+    assert tau == pytest.approx([1, math.exp(-0.1), 0.5])
 
 
 def test_kl_to_uniform():
@@ -370,12 +476,12 @@ def test_kl_to_uniform():
 def test_usage_loss_is_of_the_average():
     """5.1: the usage term is the KL of the batch average: confident but varied codes cost nothing."""
     z = 50 * torch.eye(3)[None]
-    close(one_hot(usage=0.1).eval()(z)[2], 0.0)
-    close(one_hot(usage=0.1).eval()(z[:, :1])[2], 0.1 * math.log(3))
+    close(one_hot().eval()(z)[2], 0.0)
+    close(one_hot().eval()(z[:, :1])[2], math.log(3))
 
 
-def binary(**options):
-    net = v.Binary(v.Config(codes=16, d_code=4, **options))
+def binary():
+    net = v.Binary(16, 4)
     with torch.no_grad():
         net.logits.weight.copy_(torch.eye(4)), net.logits.bias.zero_()
         net.e.weight.copy_(torch.eye(4)), net.e.bias.zero_()
@@ -394,29 +500,49 @@ def test_binary_by_hand():
 
 def test_binary_kl():
     """9.9: the KL of each bit to a fair coin, and the usage loss that sums them."""
-    net, a = binary(usage=0.1)
+    net, a = binary()
     p = a.detach()[0, 0].sigmoid()
     close(v.kl_to_uniform(torch.stack([p, 1 - p], -1)), [0.327813, 0, 0.001248, 0.502282])
-    close(net(a)[2], 0.0831344)
+    close(net(a)[2], 0.831344)
 
 
 @pytest.mark.parametrize("bottleneck", ["vq", "onehot", "binary", "none"])
 def test_bottlenecks_share_an_interface(bottleneck):
     """z_q like z, int64 ids below K, a scalar loss, and a gradient for the encoder."""
     model = tiny(bottleneck=bottleneck).train()
-    z, z_q, ids, loss = model.encode(tones(4), 1.0)
+    z, z_q, ids, loss = model.encode(tones(4))
     assert z.shape == z_q.shape == (4, 8, 16) and ids.shape == (4, 8) and loss.shape == ()
-    assert ids.dtype == torch.int64 and (bottleneck == "none" or 0 <= ids.min() and ids.max() < 16)
-    (model(z_q, torch.zeros(4, dtype=torch.long), tones(4)) + loss).backward()
+    assert ids.dtype == torch.int64 and 0 <= ids.min() and ids.max() < 16
+    (model(z_q, torch.zeros(4, dtype=torch.long), tones(4)).mean() + loss).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert model.encoder.layers[0].weight.grad.any()
+    assert model.encoder.layers[0][0].weight.grad.any()
 
 
 def test_no_bottleneck_is_the_identity():
     """The control lets everything through, at no cost."""
     z = torch.randn(2, 5, 4)
-    z_q, ids, loss = v.Nothing(v.Config())(z)
-    assert torch.equal(z_q, z) and len(ids.unique()) == 10 and loss == 0
+    z_q, ids, loss = v.Nothing()(z)
+    assert torch.equal(z_q, z) and ids.shape == (2, 5) and not ids.any() and loss == 0
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "binary"])
+def test_what_a_step_minimizes(tmp_path, monkeypatch, bottleneck):
+    """nats + the last two terms of Eq. (3) / the samples of a crop; of the others, their weight."""
+    monkeypatch.chdir(tmp_path)
+    options = {"bottleneck": bottleneck, "jitter": 0.0, "usage": 0.3, "revive": 0.0}
+    cfg = v.Config(**TINY | options | {"data": str(voices(tmp_path / "data"))})
+    corpus, model = v.load_corpus(cfg), tiny(**options).train()
+    batch = v.get_batch(corpus, cfg, 0)
+    _, z_q, _, loss = model.eval().encode(batch["wave"])
+    model.train().encoder.eval()  # the same norms
+    expected = loss / cfg.crop if bottleneck == "vq" else 0.3 * loss
+    nats = model(z_q, batch["speaker"], batch["wave"]).mean()
+    weight = model.encoder.project.weight
+    (gradient,) = torch.autograd.grad(nats + expected, weight)
+    log = v.train_step(model, v.make_optimizers(model, cfg), corpus, 0, cfg)
+    close(log["code_loss"], expected)
+    close(log["nats"], nats, 1e-5)
+    close(weight.grad, gradient, 1e-5)
 
 
 # -------------------- units --------------------
@@ -424,11 +550,12 @@ def test_perplexity_limits():
     """9.11: K for a uniform use of K codes, 1 for a single code."""
     close(v.perplexity(torch.arange(12).repeat(5)), 12.0, 1e-5)
     close(v.perplexity(torch.full((3, 9), 4)), 1.0)
+    close(v.perplexity(torch.tensor([0, 0, 1, 2])), 2**1.5)  # 1.5 bits
 
 
-def test_bit_rate():
-    """9.10: ids 0 0 1 2 at 50 Hz carry 75 bits a second."""
-    assert float(v.bit_rate(torch.tensor([0, 0, 1, 2]), 4 / 50)) == pytest.approx(75, abs=1e-3)
+def test_bottleneck_none_has_no_ids():
+    model = tiny(bottleneck="none")
+    assert v.represent(model, tones(1)[0], model.cfg).keys() == {"encoder", "codes"}
 
 
 def test_jitter_statistics():
@@ -471,16 +598,6 @@ def test_jitter_in_training_only():
 
 
 # -------------------- mu-law --------------------
-def test_mu_law_values():
-    """9.7: the levels of nine amplitudes, and the amplitudes of those levels."""
-    y = v.mu_law(torch.tensor([-1, -0.5, -0.1, -0.01, 0, 0.01, 0.1, 0.5, 1]))
-    assert y.tolist() == [0, 16, 52, 98, 128, 157, 203, 239, 255] and y.dtype == torch.int64
-    close(
-        v.inverse_mu_law(y),
-        [-1, -0.496677, -0.100675, -0.010225, 8.62159e-5, 0.010225, 0.100675, 0.496677, 1],
-    )
-
-
 def test_mu_law_round_trip():
     """9.7: coding undoes decoding for all 256 levels, which are symmetric about 0."""
     y = torch.arange(256)
@@ -533,7 +650,8 @@ def test_model_scores_the_sample_itself():
     nats = model(torch.randn(2, 8, 16), torch.tensor([0, 1]), wave)
     (previous, logits), y = seen[0], v.mu_law(wave)
     assert (previous[:, 0] == 128).all() and torch.equal(previous[:, 1:], y[:, :-1])
-    close(nats, -logits.log_softmax(-1).gather(2, y[..., None]).mean(), 1e-5)
+    assert nats.shape == (2,)  # of each crop
+    close(nats, -logits.log_softmax(-1).gather(2, y[..., None]).mean((1, 2)), 1e-5)
 
 
 @pytest.mark.parametrize("depth, field", [(4, 31), (6, 127), (8, 511), (10, 2047)])
@@ -547,6 +665,58 @@ def test_wavenet_receptive_field(depth, field):
         0, -1
     ].square().sum().backward()
     assert seen[0].grad.any(-1)[0].nonzero().flatten().tolist() == list(range(9, field + 9))
+
+
+def naive_wavenet(net, previous, c):
+    """One stream, sample by sample and layer by layer, with every past input looked up."""
+    hop = len(previous) // len(c)
+    weights = net.project.weight.chunk(len(net.dilations))  # of each layer
+    S = net.sizes[0]
+    inputs = [[] for _ in net.dilations]
+    logits = []
+    for t, level in enumerate(previous.tolist()):
+        h = net.embed.weight[level]
+        total = 0
+        for i, dilation in enumerate(net.dilations):
+            inputs[i].append(h)
+            past = inputs[i][t - dilation] if t >= dilation else torch.zeros_like(h)
+            u = net.dilated[i].weight @ torch.cat([past, h]) + net.dilated[i].bias
+            u = u + weights[i] @ c[t // hop]
+            gated = u[: len(h)].tanh() * u[len(h) :].sigmoid()
+            out = net.mix[i].weight @ gated + net.mix[i].bias
+            total = total + out[:S]
+            h = (h + out[S:]) / 2**0.5
+        total = (total / len(net.dilations) ** 0.5).relu()
+        hidden = (net.output[1].weight @ total + net.output[1].bias).relu()
+        logits.append(net.output[3].weight @ hidden + net.output[3].bias)
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+def test_wavenet_is_a_naive_loop():
+    """3.1: the definition, with one code for 8 samples."""
+    net, previous, condition = wavenet()
+    full = net(previous[:, :48], condition[:, :6])
+    assert full.std() > 0.05
+    for b in range(2):
+        close(full[b], naive_wavenet(net, previous[b, :48], condition[b, :6]), 1e-5)
+
+
+def test_embedding_starts_smooth():
+    """D7: mean square 1 in each level, and the nearer two levels are, the more alike they start, at
+    any size; sines and cosines of u."""
+    for channels in (8, 32, 368):
+        e = v.level_waves(256, channels)
+        assert e.shape == (256, channels)
+        close(e.square().mean(1), torch.ones(256))
+        alike = e @ e[128] / channels
+        assert alike[128] > alike[129] > alike[131] > alike[134] and alike[129] > 0.98
+        u = torch.linspace(-1, 1, 256)
+        close(e[:, 0], 2**0.5 * (math.pi / 2 * u).sin(), 1e-5)
+        close(e[:, channels // 2 - 1], 2**0.5 * (8 * math.pi * u).sin(), 1e-4)
+        close(e[:, -1], 2**0.5 * (8 * math.pi * u).cos(), 1e-4)
+    net = v.Decoder(v.Config(**NET), 5)
+    assert torch.equal(net.embed.weight, v.level_waves(256, 8)) and net.embed.weight.requires_grad
 
 
 def test_conditioning_at_the_code_rate():
@@ -570,53 +740,92 @@ def test_condition_reaches_its_own_samples():
     assert changed == list(range(16, 24 + 29))
 
 
-def cached(xp, net, previous, condition):
-    """The logits of the step-by-step sampler, fed with `previous`."""
-    sampler = v.Sampler(net, condition, 8, xp)
-    steps = [torch.as_tensor(sampler.step(y if xp is torch else y.numpy())) for y in previous.T]
-    return torch.stack(steps, 1)
+def generate(net, condition, steps, temperature, device="cpu"):
+    """Generated levels (B, steps), and the logits that each was drawn from."""
+    seen = []
+    net, condition = net.to(device), condition.to(device)
+    hook = net.output.register_forward_hook(lambda *args: seen.append(args[2]))
+    levels = v.generate(net, condition, 8, steps, temperature)
+    hook.remove()
+    return levels.cpu(), torch.stack(seen, 1).cpu()
 
 
-@pytest.mark.parametrize("xp, depth", [(np, 4), (torch, 4), (np, 10)])
+@pytest.mark.parametrize("depth", [4, 10])
 @torch.no_grad()
-def test_cached_steps_equal_the_full_pass(xp, depth):
-    """9.5: the ring buffers give the same logits to 1e-5, for three streams, over two receptive fields."""
+def test_generated_logits_are_those_of_the_parallel_pass(depth):
+    """9.5: for three streams, over two receptive fields or a good part of one."""
     net, previous, condition = wavenet(depth=depth)
-    assert previous.shape[1] >= 2 * (sum(net.dilations) + 1)
-    full = net(previous, condition)
-    assert full.std() > 0.05
-    close(cached(xp, net, previous, condition), full, 1e-5)
-    if depth == 4:  # and a second time: nothing is left over
-        close(cached(xp, net, previous, condition), full, 1e-5)
+    steps = min(previous.shape[1], 600)
+    condition = condition[:, : steps // 8]
+    y, logits = generate(net, condition, steps, 1.0)
+    full = net(F.pad(y, (1, 0), value=128)[:, :-1], condition)
+    assert y.shape == (3, steps) and y.dtype == torch.int64 and full.std() > 0.05
+    assert len(y.unique()) > 100
+    close(logits, full, 1e-5)
 
 
-@pytest.mark.parametrize("xp, device", RUNNING)
+@pytest.mark.parametrize("device", RUNNING)
 @torch.no_grad()
-def test_sampler_feeds_back_its_own_output(xp, device):
-    """At temperature 0 each sample is the largest logit of the full pass over the samples before it."""
+def test_temperature_zero_takes_the_largest_logit(device):
+    """Each sample is the largest logit of the full pass over the samples before it."""
     net, _, condition = wavenet()
-    y = v.Sampler(net.to(device), condition.to(device), 8, xp).run(64, 0.0).cpu()
+    y, _ = generate(net, condition, 64, 0.0, device)
     logits = net.cpu()(F.pad(y, (1, 0), value=128)[:, :-1], condition[:, :8])
-    assert y.shape == (3, 64) and y.dtype == torch.int64
     close(logits.gather(2, y[..., None])[..., 0], logits.amax(-1), 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1, 0.5])
-@pytest.mark.parametrize("xp, device", RUNNING)
+@pytest.mark.parametrize("device", RUNNING)
 @torch.no_grad()
-def test_sampler_draws_from_the_softmax(xp, device, temperature):
+def test_samples_are_drawn_from_the_softmax(device, temperature):
     """9.8: levels come as often as softmax(logits / temperature) says."""
     net = v.Decoder(v.Config(residual=2, skip=2, depth=1, cycles=1), 1)
     net.output[3].weight.zero_()
     net.output[3].bias.copy_(torch.tensor([1.0, 2, 0] + [-1e3] * 253))
-    y = (
-        v.Sampler(net.to(device), torch.zeros(40, 1, 1, device=device), 600, xp)
-        .run(600, temperature)
-        .cpu()
-    )
+    y, _ = generate(net, torch.zeros(200, 15, 1), 120, temperature, device)
     p = (torch.tensor([1.0, 2, 0]) / temperature).softmax(-1)
     close(y.flatten().bincount(minlength=3) / 24_000, p, 0.015)
-    assert not torch.equal(y[:, :256], y[:, 256:512])  # the noise is drawn anew
+    assert not torch.equal(y[:, :60], y[:, 60:])  # the noise is drawn anew
+
+
+def test_a_graph_is_warmed_up_on_the_stream_that_is_captured(monkeypatch):
+    """The calls to CUDA, recorded: three calls of the action and the capture on one stream other
+    than the default one, and as many replays as are missing. A capture runs nothing."""
+    events, active = [], ["default"]
+
+    class Stream:
+        pass
+
+    class Enter:
+        def __init__(self, kind, stream):
+            self.kind, self.stream = kind, stream
+
+        def __enter__(self):
+            events.append(self.kind)
+            active.append(self.stream)
+
+        def __exit__(self, *_):
+            active.pop()
+
+    class Graph:
+        def replay(self):
+            events.append(("replay", active[-1]))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Enter("stream", stream))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: Enter("capture", stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    v.repeat(lambda: events.append(("action", active[-1])), 10, torch.device("cuda"))
+
+    own = events[2][1]
+    assert isinstance(own, Stream)
+    expected = ["wait", "stream", *[("action", own)] * 3, "capture", ("action", own)]
+    assert events == [*expected, *[("replay", own)] * 7, "wait"]
+
+    count = []
+    v.repeat(lambda: count.append(1), 10, torch.device("cpu"))
+    assert len(count) == 10
 
 
 def test_initial_cross_entropy():
@@ -624,22 +833,22 @@ def test_initial_cross_entropy():
     model = v.Model(v.Config(**v.TOY), 4).eval()
     with torch.no_grad():
         z, z_q, _, _ = model.encode(tones(8, 1920))
-        assert model(z_q, torch.arange(8) % 4, tones(8, 1920)).item() == pytest.approx(
-            math.log(256), abs=0.1
-        )
+        nats = model(z_q, torch.arange(8) % 4, tones(8, 1920)).mean().item()
+    assert nats == pytest.approx(math.log(256), abs=0.1)
 
 
 def test_parameter_count_of_the_paper():
-    """The sizes of 1901.08810: a WaveNet of 21.1 million parameters, an encoder of 10.1 million."""
+    """The sizes of 1901.08810: a WaveNet of 21.1 million parameters, an encoder of 10.1 million; the
+    last layer's residual output, which nothing follows, is 0.14 million more."""
     with torch.device("meta"):
         model = v.Model(v.Config(), 251)
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    assert count(model.decoder) / 1e6 == pytest.approx(21.1, abs=0.1)
+    assert (count(model.decoder) - 368 * 369) / 1e6 == pytest.approx(21.1, abs=0.1)
     assert count(model.encoder) / 1e6 == pytest.approx(10.1, abs=0.1)
-    assert count(model) == 31_353_104
+    assert count(model) == 31_353_104 + 368 * 369
 
 
 # -------------------- the encoder --------------------
@@ -655,7 +864,7 @@ def test_encoder_receptive_field():
     )
 
 
-def test_encoder_normalises_in_training():
+def test_encoder_normalizes_in_training():
     """D1: after each convolution, and before the projection, mean 0 and variance 1 over the batch, whatever the input."""
     net, seen = v.Encoder(v.Config(channels=32)).train(), []
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm1d)]
@@ -677,18 +886,6 @@ def test_mfcc_gain_moves_only_c0():
     assert x.shape == (2, 20, 39)
     close((louder - x)[..., 0], torch.full((2, 20), math.log(3) * 40**0.5), 1e-4)
     close(louder[..., 1:], x[..., 1:], 1e-4)
-
-
-def test_mfcc_dct_is_orthonormal(monkeypatch):
-    """A log-mel spectrum that is the j-th cosine of unit norm has the j-th cepstrum 1 and the others 0."""
-    n = (np.arange(40) + 0.5) * math.pi / 40
-    rows = (
-        np.cos(np.arange(13)[:, None] * n)
-        * np.where(np.arange(13) == 0, 1, 2**0.5)[:, None]
-        / 40**0.5
-    )
-    monkeypatch.setattr(v, "log_mel", lambda wave, cfg: torch.tensor(rows, dtype=torch.float)[None])
-    close(v.mfcc(torch.zeros(1, 13 * 80), v.Config(**TINY))[0, :, :13], torch.eye(13), 1e-5)
 
 
 def test_mfcc_differences_of_a_ramp(monkeypatch):
@@ -741,59 +938,38 @@ def test_convert_together_or_alone():
 
 
 def test_reconstruction_finds_the_likeliest_speaker():
-    """Without a target the speaker is the one of least nats on a crop, with its own codes, from the middle."""
-    model, wave, seen = tiny(temperature=0.0), tones(1, 3000)[0], []
-    as_1 = v.convert(model, [wave], [1], model.cfg)[0]
-    model.forward = lambda z, s, part: seen.append((z, part)) or (s[0] - 1.0).abs()
-    close(v.convert(model, [wave], [None], model.cfg)[0], as_1)
-    (z, part), z_q = seen[0], model.encode(wave[None])[1]  # 8 of 19 codes, of 160 samples each
-    assert (
-        len(seen) == 3
-        and torch.equal(z, z_q[:, 5:13])
-        and torch.equal(part[0], wave[5 * 160 : 13 * 160])
-    )
+    """Without a target the speaker is the one of least nats on a crop from the middle, with the
+    crop's own codes; all speakers in one pass of the decoder."""
+    model, wave, seen = tiny(n_speakers=5, temperature=0.0), tones(1, 3000)[0], []
+    as_3 = v.convert(model, [wave], [3], model.cfg)[0]
+    first = (3000 - 1280) // 2
+    crop = wave[None, first : first + 1280]
+    z_q = model.encode(crop)[1]
+    with torch.no_grad():
+        each = torch.cat([model(z_q, torch.tensor([s]), crop) for s in range(5)])
+    forward = model.forward
+    model.forward = lambda *given: seen.append((given, forward(*given))) or seen[-1][1]
+    assert v.likeliest_speaker(model, wave, model.cfg).tolist() == [each.argmin().item()]
+    ((z, speaker, part), nats) = seen[0]
+    assert len(seen) == 1 and speaker.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(part, crop.expand(5, -1)) and torch.equal(z, z_q.expand(5, -1, -1))
+    close(nats, each, 1e-5)
 
-
-def test_examples(tmp_path, monkeypatch):
-    """Four held-out utterances, 3 s of them at most: as they are, rebuilt, and in the voice of the next speaker."""
-    waves = [torch.full((30000 if u else 900,), 0.1 * u) for u in range(6)]
-    corpus = SimpleNamespace(
-        held=np.array([5, 3, 1, 0, 2]),
-        speaker=np.array([0, 1, 2, 0, 1, 2]),
-        speakers=list("abc"),
-        paths=[v.Path(f"u{u}.wav") for u in range(6)],
-        wave=waves.__getitem__,
-    )
-    given = []
-
-    def convert(model, sources, targets, cfg):
-        given.extend(targets)
-        return [wave / 2 if target is None else -wave for wave, target in zip(sources, targets)]
-
-    monkeypatch.setattr(v, "convert", convert)
-    v.write_examples(None, corpus, v.Config(**TINY), tmp_path)
-    assert given == [None] * 4 + [0, 1, 2, 1]
-    for u, voice in zip((5, 3, 1, 0), "abcb"):
-        wave = waves[u][:24000]
-        made = dict(source=wave, reconstruction=wave / 2, conversion=-wave)
-        for kind, expected in made.items():
-            got = v.read_audio(tmp_path / f"u{u}_as_{voice}_{kind}.wav", 8000)
-            close(got, expected, 1e-4)
-    assert len(list(tmp_path.iterdir())) == 12
+    model.forward = lambda z, s, part: (s - 3.0).abs()
+    close(v.convert(model, [wave], [None], model.cfg)[0], as_3)
+    v.convert(model, [wave[:100]], [None], model.cfg)  # shorter than a code
 
 
 def test_learning_rate_is_halved_three_times(tmp_path, monkeypatch):
-    """U7: at 40, 60 and 80 % of the steps; and `prepare` leaves the norms as it found them."""
+    """U6: at 40, 60 and 80 % of the steps."""
     monkeypatch.chdir(tmp_path)
     cfg = v.Config(**TINY | {"data": str(voices(tmp_path / "data")), "steps": 100})
-    corpus, model = v.load_corpus(cfg), tiny()
-    v.prepare(model, corpus, cfg)
+    corpus, model = v.load_corpus(cfg), tiny().train()
     optimizers, rates = v.make_optimizers(model, cfg), []
     for step in (0, 39, 40, 60, 80, 99):
-        v.train_step(model.train(), optimizers, corpus, step, cfg)
+        v.train_step(model, optimizers, corpus, step, cfg)
         rates.append(optimizers["autoencoder"].param_groups[0]["lr"] / cfg.lr)
     assert rates == [1, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 8]
-    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)} == {0.1}
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
@@ -802,7 +978,7 @@ def test_checkpoint_round_trip(tmp_path, codebook):
     model = tiny(codebook=codebook).train()
     optimizers, wave, who = v.make_optimizers(model, model.cfg), tones(3), torch.arange(3)
     _, z_q, _, loss = model.encode(wave)
-    (model(z_q, who, wave) + loss).backward()
+    (model(z_q, who, wave).mean() + loss).backward()
     optimizers["autoencoder"].step()
     model.mean.normal_()
     v.save(
@@ -829,7 +1005,7 @@ def test_one_batch_can_be_learned_by_heart():
     optimizer, nats = v.make_optimizers(model, model.cfg)["autoencoder"], []
     for _ in range(60):
         _, z_q, _, loss = model.encode(wave)
-        nats.append(model(z_q, who, wave))
+        nats.append(model(z_q, who, wave).mean())
         optimizer.zero_grad()
         (nats[-1] + loss).backward()
         optimizer.step()
@@ -856,7 +1032,7 @@ def voices(root):
 def test_the_codes_are_used(tmp_path, monkeypatch):
     """A short run: the nats fall, and another utterance's codes predict the waveform worse than its own."""
     monkeypatch.chdir(tmp_path)
-    cfg = v.Config(**TINY | {"data": str(voices(tmp_path / "data")), "steps": 150})
+    cfg = v.Config(**TINY | {"data": str(voices(tmp_path / "data")), "steps": 80})
     corpus = v.load_corpus(cfg)
     model = v.Model(cfg, len(corpus.speakers))
     v.prepare(model, corpus, cfg)
@@ -867,10 +1043,7 @@ def test_the_codes_are_used(tmp_path, monkeypatch):
     nats = metrics["nats"]
     assert log[-1]["nats"] < log[0]["nats"] - 1
     assert nats["true"] + 0.05 < nats["shuffled"] and nats["true"] < nats["wrong_speaker"]
-    assert 2 < metrics["codes_used"] <= cfg.codes and 1 < metrics["perplexity"] <= cfg.codes
-    assert 0 < metrics["bits_per_second"] <= 50 * math.log2(cfg.codes)
-    assert len((tmp_path / "units.txt").read_text().splitlines()) == len(corpus.held)
-    assert len(list(tmp_path.glob("*_as_*.wav"))) == 4 * 3
+    assert log[-1]["code_loss"] < 0.1 and 1 < log[-1]["perplexity"] <= cfg.codes
 
 
 def probes(model, corpus, cfg, utterances):
@@ -900,18 +1073,20 @@ def probes(model, corpus, cfg, utterances):
     return table
 
 
-def test_an_eighth_of_the_toy_run(toy_folder, monkeypatch):
-    """Against the untrained control: training brings the phone into encoder and codes; quantising drops speaker."""
+def test_the_beginning_of_the_toy_run(toy_folder, monkeypatch):
+    """Against the untrained control: training brings the phone into encoder and codes, and the
+    speaker leaves the codes, more than the latents before them."""
     monkeypatch.chdir(toy_folder)
-    cfg = v.Config(**v.TOY | {"steps": 100, "device": "cpu"})
+    cfg = v.Config(**v.TOY | {"steps": 60, "device": "cpu"})
     corpus = v.load_corpus(cfg)
     model = v.Model(cfg, len(corpus.speakers))
     v.prepare(model, corpus, cfg)
-    untrained = probes(model.eval(), corpus, cfg, 300)
+    untrained = probes(model.eval(), corpus, cfg, 200)
     optimizers = v.make_optimizers(model, cfg)
     for step in range(cfg.steps):
         v.train_step(model.train(), optimizers, corpus, step, cfg)
-    known = probes(model.eval(), corpus, cfg, 300)
+    known = probes(model.eval(), corpus, cfg, 200)
     assert known["codes"]["phone"] > untrained["codes"]["phone"] + 0.1, known
     assert known["encoder"]["phone"] > untrained["encoder"]["phone"] + 0.05, known
-    assert known["codes"]["speaker"] < known["encoder"]["speaker"] - 0.1, known
+    assert known["codes"]["speaker"] < untrained["codes"]["speaker"] - 0.05, known
+    assert known["codes"]["speaker"] < known["encoder"]["speaker"], known
