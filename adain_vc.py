@@ -97,7 +97,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+    """Settings of a run: first those that all six scripts have, then those of the method."""
 
     data: str = ""  # folder of audio; none: toy voices
     test: str = ""  # another folder, usually of unseen speakers, to test on
@@ -140,7 +140,7 @@ class Config:
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
         if not self.hop <= self.win <= self.n_fft:
-            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
 

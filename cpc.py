@@ -11,7 +11,8 @@ Idea     An encoder turns every 10 ms of the waveform into a vector z, and a rec
          among candidates. The candidates decide what is learned: among frames of other speakers
          the voice gives the right one away, among frames of the same utterance it does not. CPC
          has no decoder. To hear what c holds, k-means clusters it into discrete units, and a
-         decoder, trained with everything else frozen, makes speech of units, F0 and a speaker.
+         decoder, trained with everything else frozen, predicts a mel spectrogram from the units,
+         F0 and the speaker.
 
 Model    wave (B, N) -> encoder, convolutions with strides 5, 4, 2, 2, 2     z      (B, T, C)
          z -> GRU                                                            c      (B, T, D)
@@ -19,46 +20,45 @@ Model    wave (B, N) -> encoder, convolutions with strides 5, 4, 2, 2, 2     z  
          c -> the nearest centroid of k-means                                units  (B, T)
          wave -> YIN -> bins of log F0, relative to the speaker's mean       f0     (B, T)
          units, f0, speaker -> embeddings (B, T, 3 E) -> convolutions        mel    (B, T, F)
-         mel -> Griffin-Lim -> wave (B, N)
 
 Loss     f_k(x_{t+k}, c_t) = exp(z_{t+k}^T W_k c_t)                                       Eq. (3)
          L_k = -E log [f_k(x_{t+k}, c_t) / sum over all candidates x_j of f_k(x_j, c_t)]    Eq. (4)
-         CPC minimizes the mean of L_k over k. With J candidates, log J - L_k is a lower bound on
-         the mutual information of x_{t+k} and c_t if the candidates are independent, which
-         neighbors in time are not. The decoder minimizes the L1 error of the log-mel spectrogram.
+         CPC minimizes the mean of L_k over k. With J independent candidates, log J - L_k is a lower
+         bound on the mutual information of x_{t+k} and c_t; neighbors in time are not independent.
+         The decoder minimizes the L1 error of the log-mel spectrogram.
 
 Symbols  g_enc   model.encoder: z         W_k           model.predictors   (K C, D)
          g_ar    model.context: c         log f_k       score              contexts x candidates
-         N       candidates, here J       z_c, z_F0     model.units, model.f0
-         B crops, N samples, T = N / 160 frames, K prediction steps; C, D, E are sizes of vectors
+         N       candidates, here J       z_c, z_F0     model.units, model.f0 (Polyak et al.)
+         B crops, N samples, T = N / 160 frames, K prediction steps, F mel bands; sizes C, D, E
 
 Differs from the paper
 D1  After each convolution, every frame is normalized over its channels. The paper states no
     normalization for audio (--norm none). Batch normalization would let a frame see its future.
-D2  The score is scaled by 1 / sqrt(C). --score-scale 1 is the score of the paper.
-D3  The units are clusters of c, fitted on units / 2 batches. Polyak et al. cluster an inner layer
+D2  The score is scaled by 1 / sqrt(512). --score-scale 1 is the score of the paper.
+D3  The units are clusters of c in units / 2 batches of crops. Polyak et al. cluster an inner layer
     of a larger CPC, which was trained on 6,000 hours, and fit k-means on 100 hours.
 D4  F0 comes from YIN, at the rate of c, in uniform bins, with a token for unvoiced frames. Polyak
     et al. use YAAPT and a VQ-VAE of 20 codes at 12.5 Hz. In their code, not in their text, an
-    unvoiced frame has the mean F0, so that flat F0 hides the voicing; `sample` writes both kinds.
+    unvoiced frame has the mean F0, so flat F0 has no voicing; `sample` writes it with and without.
 D5  The decoder predicts a log-mel spectrogram, and Griffin-Lim finds the phases. Polyak et al.
-    train a HiFi-GAN. In their code, not in their text, its rate decays and it sees 16 crops of
-    0.56 s; here the rate is constant and the crops are those of CPC.
-D6  The speaker is a row of a table, as in their code. Their text uses a d-vector, which is slightly
-    worse, but serves new speakers too.
-D7  `convert` does not know the source speaker, so the mean of log F0 is that of the source itself,
-    and the deviation is the average of the training speakers.
+    train a HiFi-GAN. In their code, not in their text, the learning rate decays and a batch has
+    16 crops of 0.56 s; here the rate is constant and the crops are those of CPC.
+D6  The speaker is a row of a table, as in their code. Their text uses a d-vector, which they
+    report as slightly worse, but it serves new speakers too.
+D7  `convert` does not know the source speaker. It takes the mean of log F0 from the source itself,
+    and the standard deviation of the training speakers on average.
 Not specified in the paper
 U1  How many candidates there are: here all frames of the batch, or of the sequence, that are k
     later than a context. With several GPUs each has its own batch, as in the paper.
 U2  How the encoder pads: here so that T = N // 160.
 U3  How the losses of the K steps are joined: here by their mean.
-U4  Where the GRU starts: here from zeros, in every crop and every utterance.
+U4  Where the GRU starts: here from zeros.
 
 Usage    python cpc.py                       toy corpus, two minutes on two CPU cores
          python cpc.py --data DIR            any folder of audio, full size, for a GPU
          python cpc.py convert --checkpoint RUN --source a.wav --target SPEAKER --output c.wav
-         The log shows nats_k = log J - L_k; 0 is chance, and for k of 1 and 2 samples overlap c_t.
+         The log shows nats_k = log J - L_k, 0 by chance. z_{t+1}, z_{t+2} share samples with c_t.
 """
 
 import argparse
@@ -99,7 +99,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+    """Settings of a run: first those that all six scripts have, then those of the method."""
 
     data: str = ""  # folder of audio; none: toy voices
     test: str = ""  # another folder, usually of unseen speakers, to test on
@@ -121,13 +121,15 @@ class Config:
     log_every: int = 100  # steps between log lines
     save_every: int = 5000  # steps between checkpoints
 
-    cpc_share: float = 0.43  # of the steps are for CPC, the rest for the decoder
+    cpc_share: float = (
+        0.43  # of the steps are for CPC, 300,000 as in the paper; the decoder has the rest
+    )
     channels: int = 512  # C, of the encoder: size of z
     d_context: int = 256  # D, of the GRU: size of c
     norm: Literal["channel", "none"] = "channel"  # after each convolution; none: the paper
     prediction_steps: int = 12  # K, frames ahead that are predicted
-    # The candidates, as in Table 2 of the CPC paper. other-sequences does worst there, and needs a
-    # batch of 2.
+    # The candidates, in the terms of Table 2 of the CPC paper: mixed speaker, same speaker, current
+    # sequence only, mixed speaker without the current sequence, which does worst there.
     negatives: Literal["batch", "same-speaker", "sequence", "other-sequences"] = "batch"
     score_scale: float = 0.044  # factor on the score z W c, here 1 / sqrt(512); 1: the paper
     units: int = 100  # clusters of k-means
@@ -143,16 +145,18 @@ class Config:
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
         if not self.hop <= self.win <= self.n_fft:
-            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.hop not in HOPS:
-            raise UserError(f"--hop {self.hop}: no product of strides; choose from {HOPS}")
+            raise UserError(
+                f"--hop {self.hop}: choose from {HOPS}, the products of the first strides"
+            )
         if self.crop // self.hop < self.prediction_steps + 2:
             raise UserError(f"--crop {self.crop}: too short for --prediction-steps; raise it")
 
 
-# The same model, narrower, at 8 kHz with a convolution less, for two CPU cores and two minutes.
+# The same model, narrower, at 8 kHz with one convolution fewer, for two CPU cores and two minutes.
 TOY = dict(
     sample_rate=8000,
     n_fft=512,
@@ -256,12 +260,12 @@ class Model(nn.Module):
         self.decoder = Decoder(cfg, n_speakers)
 
     def forward(self, wave):
-        """(B, N) -> z (B, T, C), c (B, T, D), float32; c_t depends on z_1 .. z_t only."""
+        """(B, N) -> z (B, T, C), c (B, T, D), float32; c_t depends on z_0 .. z_t only."""
         z = self.encoder(wave).float()
         with torch.autocast(wave.device.type, enabled=False):
             return z, self.context(z)[0]  # U4: no state is given, so it starts from zeros
 
-    @torch.autocast("cuda", enabled=False)  # `convert` is in float32, so training is too
+    @torch.autocast("cuda", enabled=False)  # as in `convert`, which runs in float32
     def units(self, wave):
         """(B, N) -> units (B, T): the index of the centroid that is nearest to c."""
         _, c = self(wave)
@@ -314,7 +318,7 @@ def yin(wave, cfg, low=65, high=400):
     difference = energy[..., :1] + energy - 2 * product
 
     # Divided by its mean over all lags so far, it begins at 1 and dips at the period. The constant
-    # is that of noise at -60 dB of full scale: what is more quiet has no pitch.
+    # is that of noise at -60 dB of full scale: anything quieter has no pitch.
     difference = difference[..., 1:] + 2e-6 * W
     lag = torch.arange(1, W + 1, device=x.device)
     d = difference * lag / difference.cumsum(-1)
@@ -330,7 +334,7 @@ def yin(wave, cfg, low=65, high=400):
     period = at + 2 + (before - after) / 2 / (before - 2 * here + after)
     f0 = torch.where(best < 0.35, cfg.sample_rate / period, 0.0)[..., 0]
 
-    # A median over 5 frames removes values that stand alone.
+    # A median over 5 frames removes isolated outliers.
     return F.pad(f0, (2, 2)).unfold(1, 5, 1).median(-1)[0].float()
 
 
@@ -338,7 +342,8 @@ def yin(wave, cfg, low=65, high=400):
 @torch.no_grad()
 def prepare(model, corpus, cfg):
     """Sets mean and deviation of every mel band, from crops of 200 training utterances, and of
-    every speaker's log F0, from 25 utterances, and units for the untrained c."""
+    every speaker's log F0, from 25 utterances. The units are those of the untrained c until CPC
+    has been trained."""
     wave = get_batch(corpus, cfg, 0, utterances=corpus.train[:200])["wave"]
     mel = log_mel(wave, cfg)
     model.mean.copy_(mel.mean((0, 1)))
@@ -348,7 +353,7 @@ def prepare(model, corpus, cfg):
         utterances = corpus.train[corpus.speaker[corpus.train] == s][:25]
         f0 = torch.cat([yin(corpus.wave(u)[None].to(cfg.device), cfg)[0] for u in utterances])
         log_f0 = f0[f0 > 0].log()
-        if len(log_f0) > 1:  # otherwise what a new model has
+        if len(log_f0) > 1:  # otherwise the initial values stay
             model.f0_mean[s] = log_f0.mean()
             model.f0_std[s] = log_f0.std().clamp(min=0.02)
     fit_units(model, corpus, cfg)
@@ -363,7 +368,7 @@ def make_optimizers(model, cfg):
     }
 
 
-@torch.autocast("cuda", enabled=False)  # scores have no bound, so they need float32
+@torch.autocast("cuda", enabled=False)  # large scores would lose too many digits in bfloat16
 def info_nce(z, c, predictors, cfg):
     """z (B, T, C), c (B, T, D) -> L_k of Eq. (4) for k = 1 .. K, (K,) in nats, and the number of
     candidates. z_{t+k} is the positive of c_t; the other candidates stand k frames after the other
@@ -394,7 +399,7 @@ def info_nce(z, c, predictors, cfg):
 
 def assign(x, centroids):
     """x (.., D), centroids (M, D) -> index of the nearest centroid and squared distance, (..)."""
-    # The shift changes no distance, but far from the origin the digits of cdist would cancel.
+    # The shift changes no distance, but far from the origin cdist would lose its precision.
     center = centroids.mean(0)
     distance, ids = torch.cdist(x - center, centroids - center).min(-1)
     return ids, distance.square()
@@ -451,22 +456,22 @@ def train_step(model, optimizers, corpus, step, cfg):
     decoder = optimizers["decoder"]
     if step < round(cfg.cpc_share * cfg.steps):
         metrics = cpc_step(model, optimizers["cpc"], corpus, step, cfg)
-        decoder.state.clear()  # c has moved, so what the decoder knew of the units is void
+        decoder.state.clear()  # c has moved, so the next decoder step must fit the units again
         if step + 1 == cfg.steps:  # no decoder will follow
             fit_units(model, corpus, cfg)
         return metrics
 
     # An optimizer has no state before its first step. A checkpoint keeps it, so this holds in a
-    # resumed run too, and asks the GPU for nothing.
+    # resumed run too, and needs no wait for the GPU.
     if not decoder.state:
         fit_units(model, corpus, cfg)
     return decoder_step(model, decoder, corpus, step, cfg)
 
 
 def draw_losses(model, corpus, utterances, cfg, step, draw=0):
-    """InfoNCE of a batch of `utterances`, with same-speaker negatives of those of one speaker ->
+    """InfoNCE of a batch of `utterances`, all of one speaker if the negatives are same-speaker ->
     L_k and log J - L_k for k = 1 .. K, (K,) each, in nats."""
-    rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # not the numbers of get_batch
+    rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # no stream of get_batch
     if cfg.negatives == "same-speaker":
         chosen = corpus.speaker[utterances] == corpus.speaker[rng.choice(utterances)]
         utterances = utterances[chosen]
@@ -1108,12 +1113,11 @@ def train(flags, given):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
     print(f"    {millions:.1f} million parameters on {run['hardware']}")
-    if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
-        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        write_examples(model.eval(), corpus, cfg, out / "samples")
+        metrics = sample(model, corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
         print(json.dumps(metrics, indent=1))
@@ -1121,6 +1125,29 @@ def train(flags, given):
     if WORLD_SIZE > 1:
         dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
+
+
+def write_examples(model, corpus, cfg, out):
+    """Writes the first 3 s of an utterance of four test speakers: as it is, reconstructed, and, if
+    the method converts, in the voice of the next speaker."""
+    test = corpus.test
+    _, first = np.unique(test.speaker[test.held], return_index=True)
+    utterances = test.held[first[:4]]
+    speakers = test.speaker[utterances]
+    sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
+    targets = []
+    if TARGET == "recording":
+        targets = sources[1:] + sources[:1]
+    elif TARGET == "speaker":
+        targets = [(s + 1) % len(corpus.speakers) for s in speakers]
+
+    # In one call, because the WaveNet takes hardly longer for eight waves than for one.
+    given = sources + sources[: len(targets)]
+    made = convert(model, given, [None] * len(sources) + targets, cfg)
+    for i, wave in enumerate(sources + made):
+        kind = ("source", "reconstruction", "conversion")[i // len(sources)]
+        speaker = test.speakers[speakers[i % len(sources)]]
+        write_audio(out / f"{speaker[:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

@@ -12,10 +12,10 @@ Idea     A representation is good if it tells which input it came from. The enco
          together, on one loss, which raises a lower bound on (a function of) the mutual
          information of the two. What the critic sees decides what y keeps. DIM(G) shows it the
          whole map, DIM(L) one cell at a time, which favors what all cells share: the speaker and
-         the channel rather than the phones. A second critic, the only adversarial part, moves the
-         distribution of y to a prior. CPC (cpc.py) asks which frame comes k steps later instead.
+         the channel rather than the phones. Another critic, the only adversarial part, pushes the
+         distribution of sigmoid(y) to a uniform prior. CPC asks for the frame k steps later.
 
-Model    wave (B, N) -> log-mel spectrogram, each band standardized           x  (B, T, M)
+Model    wave (B, N) -> log-mel spectrogram, each band standardized           x  (B, T, F)
          3 convolutions over time: the local map, T' = T/4                    c  (B, T', W)
          2 convolutions, mean and deviation over time, 2 dense layers         y  (B, S)
          critic: y_i with cell t of c_j, for all i and j of the batch         u  (B, B, T')
@@ -24,25 +24,25 @@ Loss     The bounds compare u+, the scores with i = j, to u-, those with i != j:
          jsd   2 log 2 - mean softplus(-u+) - mean softplus(u-)                     Eq. (4)
          dv    mean u+ - log mean exp(u-)                                           Eq. (2)
          nce   log K + mean[u+ - log(exp(u+) + sum of exp(u-) of the same y_i)]     Eq. (5)
-         The constants, which the paper leaves out, make 0 the bound of a critic that knows
-         nothing. jsd is at most 2 log 2 and does not estimate the mutual information; nce is at
-         most log K, with K = 1 + (B - 1) T' candidates. Encoder and critics minimize, Eq. (8),
-           L = - alpha bound(global) - beta bound(local) + gamma mean softplus(-D(q)),
+         The constants 2 log 2 and log K, which the paper leaves out, make 0 the bound of a critic
+         that knows nothing. jsd is at most 2 log 2 and does not estimate the mutual information;
+         nce is at most log K, with K = 1 + (B - 1) T' candidates. Encoder and critics minimize
+           L = - alpha bound(global) - beta bound(local) + gamma mean softplus(-D(q)),     Eq. (8)
          q = sigmoid(y). The prior's critic D minimizes, Eq. (7) and D7, with v uniform in [0, 1]^S,
            mean softplus(-D(v)) + mean softplus(D(q)) + penalty mean |gradient of D|^2.
-         alpha, beta, gamma: DIM(L) 0, 1, 0.1 (default); DIM(G) 1, 0, 1; DIM(L+G) 0.5, 0.1, - (U1).
+         alpha, beta, gamma: DIM(L) 0, 1, 0.1 (default), DIM(G) 1, 0, 1, DIM(L+G) 0.5, 0.1, 0.1 (U1)
 
 Symbols  C_psi(x)   model.encoder(x)[0]: c       I_hat(x, y)   bound(u, cfg.objective)
          E_psi(x)   model.encoder(x)[1]: y       D_phi         model.prior             (B, 1)
          T_omega    model.critics["local"]       (B, B, T'),   model.critics["global"] (B, B, 1)
-         B crops, N samples, T frames, M mel bands, W channels of the map, S elements of y
+         B crops, N samples, T frames, F mel bands, W channels of the map, S elements of y
 
 Differs from the paper
 D1  Speech replaces images: the encoder convolves over time, and a cell sees 14 frames. Most sizes
     are ours (U = 1024 in the dot critic, 2048 in the authors' code, whose batch and rate we use).
 D2  The score of the dot critic is divided by sqrt(U). In the authors' code it is not, and by
     default the branch of y has no layer norm.
-D3  y is pooled over time, so that an utterance of any length has one. The paper flattens the map.
+D3  y is pooled over time, so that an utterance may have any length. The paper flattens the map.
 D4  For DIM(G) the critic gets the map pooled over time. The paper's gets the flattened map.
 D5  In dv and nce a mask leaves out the cells with i = j. The authors' code sets them to about -10.
 D6  --pair cross is not DIM: y and the cells are of two crops of one utterance. Ravanelli and Bengio
@@ -53,12 +53,12 @@ D8  The paper measures y by MINE between the whole input and y, by the dependenc
     and by the MS-SSIM of a decoder. Here there is only a decoder of the frozen y, to listen to.
 Not specified in the paper
 U1  The gamma of DIM(L+G): here 0.1, as in DIM(L).
-U2  What two utterances of one speaker in a batch are: here negatives, as any two.
+U2  Whether two utterances of one speaker are negatives of each other: here they are.
 
 Usage    python dim.py                               toy corpus, under a minute on two CPU cores
          python dim.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
-         python dim.py convert --checkpoint RUN --source a.wav --output b.wav     what y keeps of a
-         In the log, decoder_loss is the squared error relative to the variance of a mel band."""
+         python dim.py convert --checkpoint RUN --source a.wav --output b.wav
+         `convert` decodes y, so that one hears what y keeps. A decoder_loss of 1 keeps nothing."""
 
 import argparse
 import contextlib
@@ -98,7 +98,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+    """Settings of a run: first those that all six scripts have, then those of the method."""
 
     data: str = ""  # folder of audio; none: toy voices
     test: str = ""  # another folder, usually of unseen speakers, to test on
@@ -142,12 +142,12 @@ class Config:
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
         if not self.hop <= self.win <= self.n_fft:
-            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.batch_size < 2 or self.crop < 8 * self.hop or not self.alpha + self.beta:
             raise UserError(
-                "DIM needs --batch-size 2, --crop 8 hops, --alpha or --beta above 0; raise it"
+                "DIM needs --batch-size >= 2, --crop >= 8 hops, and --alpha or --beta above 0"
             )
 
 
@@ -191,7 +191,7 @@ def conv(c_in, c_out, kernel, stride=1):
 
 
 class Encoder(nn.Module):
-    """x (B, T, M) -> local map c (B, T', W) and global vector y (B, S)."""
+    """x (B, T, F) -> local map c (B, T', W) and global vector y (B, S)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -218,7 +218,7 @@ class Encoder(nn.Module):
 
 class Branch(nn.Module):
     """One side of the dot critic: (.., d) -> (.., U). A hidden layer beside a linear shortcut,
-    nearly the identity at first, then layer norm."""
+    which starts near the identity, then layer norm."""
 
     def __init__(self, d, U):
         super().__init__()
@@ -277,7 +277,7 @@ def prior_critic(S):
 
 
 class Decoder(nn.Module):
-    """y (B, S) -> x_hat (B, T, M), with the T frames of a crop. It lets us hear what y keeps (D8).
+    """y (B, S) -> x_hat (B, T, F), with the T frames of a crop. It lets us hear what y keeps (D8).
     No gradient of it reaches the encoder."""
 
     def __init__(self, cfg):
@@ -320,16 +320,16 @@ class Model(nn.Module):
         self.decoder = Decoder(cfg)
 
     def features(self, wave):
-        """(B, N) -> x (B, T, M), T = 1 + N // hop: log-mel, each band standardized over the corpus.
+        """(B, N) -> x (B, T, F), T = 1 + N // hop: log-mel, each band standardized over the corpus.
         Statistics of the utterance itself would remove much of the speaker."""
         return (log_mel(wave, self.cfg) - self.mean) / self.std
 
     def crops(self, wave):
-        """(B, crop) -> x (B, T, M), T = crop // hop."""
+        """(B, crop) -> x (B, T, F), T = crop // hop."""
         return self.features(wave)[:, : self.cfg.crop // self.cfg.hop]
 
     def vocode(self, x, samples):
-        """x (B, T, M) -> wave (B, samples): the inverse of `features`, phases by Griffin-Lim."""
+        """x (B, T, F) -> wave (B, samples): the inverse of `features`, phases by Griffin-Lim."""
         x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
@@ -348,7 +348,7 @@ def prepare(model, corpus, cfg):
     """Sets mean and deviation of every mel band from at most 5,000 training utterances."""
     frames, total, squares = 0, 0, 0
     for u in corpus.train[:5000]:
-        x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, M)
+        x = log_mel(corpus.wave(u)[None].to(cfg.device), cfg)[0].double()  # (T, F)
         frames += len(x)
         total += x.sum(0)
         squares += x.square().sum(0)
@@ -375,7 +375,7 @@ def bound(u, objective):
     cell t of crop j."""
     B, _, T = u.shape
     matching = u.diagonal(dim1=0, dim2=1).T  # (B, T')
-    # D5: exp and softplus are 0 where the mask is. U2: nothing but i = j is left out.
+    # D5: a masked score is -inf, and adds 0 to every sum. U2: nothing but i = j is masked.
     own = torch.eye(B, dtype=torch.bool, device=u.device)[..., None]
     others = u.masked_fill(own, -math.inf)
     n_others = B * (B - 1) * T
@@ -396,8 +396,8 @@ def bound(u, objective):
 @torch.autocast("cuda", enabled=False)  # in float32, as is prior_loss
 def prior_critic_loss(critic, real, fake, penalty):
     """What the prior's critic minimizes: minus Eq. (7), plus the weighted penalty (D7). `real` are
-    draws of the prior (B, S), `fake` is sigmoid(y). A critic that knows nothing has 2 log 2."""
-    real = real.detach().requires_grad_()  # new tensors: the caller's are not marked
+    draws of the prior (B, S), `fake` is sigmoid(y). With D = 0 everywhere it is 2 log 2."""
+    real = real.detach().requires_grad_()  # new tensors, so that the caller's stay as they are
     fake = fake.detach().requires_grad_()
     d_real = critic(real)
     d_fake = critic(fake)
@@ -415,19 +415,19 @@ def prior_loss(critic, q):
 
 
 def draw_crops(model, corpus, cfg, step, draw=0, utterances=None):
-    """-> x (B, T, M): a crop of each utterance of a batch. With --pair cross x (2 B, T, M): another
+    """-> x (B, T, F): a crop of each utterance of a batch. With --pair cross x (2 B, T, F): another
     crop of each comes after them (D6); the two may overlap."""
     if cfg.pair == "cross":
         if utterances is None:
-            rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # other than get_batch's
+            rng = np.random.default_rng((cfg.seed, step, RANK, 2**31))  # no stream of get_batch
             utterances = rng.choice(corpus.train, cfg.batch_size, replace=False)
         utterances = np.tile(utterances, 2)
     return model.crops(get_batch(corpus, cfg, step, draw, utterances)["wave"])
 
 
 def scores(model, x, cfg):
-    """x of draw_crops -> {"local": u (B, B, T'), "global": u (B, B, 1)}, those of them that have a
-    weight, and y (B, S)."""
+    """x of draw_crops -> {"local": u (B, B, T'), "global": u (B, B, 1)}, those whose weight is not
+    0, and y (B, S)."""
     c, y = model.encoder(x)  # both crops in one call, so that batch norm cannot tell them apart
     B = len(x) // 2 if cfg.pair == "cross" else len(x)
     y = y[:B]
@@ -470,7 +470,7 @@ def infomax_step(model, optimizers, x, cfg):
 
 
 def decoder_step(model, optimizers, x):
-    """One update of the decoder on the squared error of x (B, T, M)."""
+    """One update of the decoder on the squared error of x (B, T, F)."""
     with torch.no_grad():
         _, y = model.encoder.eval()(x)  # eval: frozen, batch norm included
     loss = F.mse_loss(model.decoder(y).float(), x)
@@ -495,7 +495,7 @@ def convert(model, sources, targets, cfg):
     frames = cfg.crop // cfg.hop
     waves = []
     for wave in sources:
-        x = model.features(wave[None])[0]  # (T, M)
+        x = model.features(wave[None])[0]  # (T, F)
         crops = ceil(len(x) / frames)
         index = torch.arange(crops * frames, device=x.device) % len(x)
         _, y = model.encoder(x[index].unflatten(0, (crops, frames)))  # (crops, S)
@@ -506,11 +506,13 @@ def convert(model, sources, targets, cfg):
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """DIM has no p(x|y); the reconstructions of `write_examples` are what y keeps. Where there is a
-    prior, this decodes three draws of it, which sound like speech if sigmoid(y) is near it. Returns
-    the bounds, over 8 batches of held-out speech at most, and how far an element of sigmoid(y) is
-    from the prior: the largest error of a mean (of 1/2) and of a variance (of 1/12)."""
-    held = np.resize(corpus.held, max(2, len(corpus.held)))  # one alone has no negatives
+    """Decodes three draws of the prior, where there is one. (`write_examples` writes what y keeps
+    of test utterances.) Returns the bounds, over at most 8 batches of held-out speech, and the
+    largest deviation, over the elements of sigmoid(y), of the mean from 1/2 and of the variance
+    from 1/12, their values under the prior."""
+    held = np.resize(
+        corpus.held, max(2, len(corpus.held))
+    )  # one utterance has no negatives: repeat it
     size = min(cfg.batch_size, len(held))
     batches = []
     for i in range(min(8, len(held) // size)):
@@ -1083,12 +1085,11 @@ def train(flags, given):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
     print(f"    {millions:.1f} million parameters on {run['hardware']}")
-    if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
-        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        write_examples(model.eval(), corpus, cfg, out / "samples")
+        metrics = sample(model, corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
         print(json.dumps(metrics, indent=1))
@@ -1096,6 +1097,29 @@ def train(flags, given):
     if WORLD_SIZE > 1:
         dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
+
+
+def write_examples(model, corpus, cfg, out):
+    """Writes the first 3 s of an utterance of four test speakers: as it is, reconstructed, and, if
+    the method converts, in the voice of the next speaker."""
+    test = corpus.test
+    _, first = np.unique(test.speaker[test.held], return_index=True)
+    utterances = test.held[first[:4]]
+    speakers = test.speaker[utterances]
+    sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
+    targets = []
+    if TARGET == "recording":
+        targets = sources[1:] + sources[:1]
+    elif TARGET == "speaker":
+        targets = [(s + 1) % len(corpus.speakers) for s in speakers]
+
+    # In one call, because the WaveNet takes hardly longer for eight waves than for one.
+    given = sources + sources[: len(targets)]
+    made = convert(model, given, [None] * len(sources) + targets, cfg)
+    for i, wave in enumerate(sources + made):
+        kind = ("source", "reconstruction", "conversion")[i // len(sources)]
+        speaker = test.speakers[speakers[i % len(sources)]]
+        write_audio(out / f"{speaker[:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""FHVAE: separates what an utterance keeps from what changes between its segments, by two priors.
+"""FHVAE: a VAE with two priors, which separate what an utterance keeps from what changes in it.
 
 Paper    Hsu, Zhang, Glass. Unsupervised Learning of Disentangled and Interpretable Representations
          from Sequential Data. NeurIPS 2017, arXiv:1709.07902.
          Hsu, Glass. Scalable Factorized Hierarchical Variational Autoencoder Training.
          Interspeech 2018, arXiv:1804.03201.
-         Sizes, weights and schedule follow the authors' 2018 program. This file was written from
-         their two programs, the abstracts and slides, without the text of the papers.
+         Layer sizes, alpha and optimizer follow the authors' 2018 program. The text of the papers
+         was not at hand: what is said of them is from the abstracts, slides and programs.
 
 Idea     An utterance is cut into segments of 20 frames, and a VAE gives each segment two latent
          variables. The prior of z1 is the same for all segments. The prior of z2 is narrow and
-         centered on mu2, a vector that all segments of one utterance share. Speaker and channel
-         are therefore cheap to encode in z2, and the content, which changes, only in z1. A
+         centered on mu2, a vector that all segments of one utterance share. It is costly to move
+         z2 away from mu2, so z2 holds speaker and channel, and the changing content goes to z1. A
          discriminative term keeps the mu2 of different utterances apart: z2 must identify its
          utterance. No speaker labels are used. (The 2017 program swaps the names z1 and z2.)
 
 Model    wave (B, N) -> log magnitude spectrum, standardized per bin      x     (B, T, F)
          LSTM over x:       q(z2|x) = N(m2, exp(l2))                      z2    (B, d2)
          LSTM over x, z2:   q(z1|x,z2) = N(m1, exp(l1))                   z1    (B, d1)
-         LSTM over z1, z2, the same in every frame: p(x|z1,z2) = N(x_mu, exp(x_lv))
+         LSTM that gets z1, z2 in every frame: p(x|z1,z2) = N(x_mu, exp(x_lv))
          priors: z1 ~ N(0, 1), z2 ~ N(mu2, 0.25), mu2 ~ N(0, 1); 0.25 is a variance
          s-vector of any utterance: mu2 = (sum of m2 over its S segments) / (S + 0.25)
          conversion: decode z1 and z2 + mu2(target) - mu2(source)
 
 Loss     bound = log p(x|z1,z2) - KL(q(z1|x,z2) || p(z1)) - KL(q(z2|x) || p(z2|mu2))
                  + log p(mu2) / S
-         log q(y|m2) = log softmax over j of -|m2 - mu2_j|^2 / (2 * 0.25), at the segment's row y
+         log q(y|m2) = log softmax over j of -|m2 - mu2_j|^2 / (2 * 0.25), at the utterance's row y
          loss = -(bound + alpha log q(y|m2)), averaged over the batch
          The terms are sums over frames, bins and dimensions. The mu2_j are the rows of a table and
          are trained with the networks. Hierarchical sampling (2018) uses the table for K utterances
@@ -39,7 +39,7 @@ Symbols  m2, l2      model.z2_encoder  (B, d2)       mu2_j    model.table   (K, 
 
 Differs from the paper
 D1  The log variance of x is at least -6. In the authors' programs it is unbounded, so that digital
-    silence makes the likelihood unbounded as well.
+    silence can drive the likelihood to infinity.
 D2  x has 201 linear bins of a Hann window. Magnitudes are at least 1e-5, deviations at least 0.01.
     The default of the 2018 program is 80 mel bands of a Hamming window, without a floor for
     deviations. Its pre-emphasis is left out, because standardization all but undoes it.
@@ -58,7 +58,7 @@ Usage    python fhvae.py                             toy corpus, two and a half 
          python fhvae.py --data DIR --test DIR2      any folder of audio, full size, for a GPU
          python fhvae.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
          Everything runs in float32, so --bf16 has no effect (`train_step` says why). The log shows
-         the loss and its terms in nats per segment. The control of the paper's claim is --alpha 0.
+         the terms of the loss in nats. --alpha 0 trains without the discriminative term.
 """
 
 import argparse
@@ -99,7 +99,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+    """Settings of a run: first those that all six scripts have, then those of the method."""
 
     data: str = ""  # folder of audio; none: toy voices
     test: str = ""  # another folder, usually of unseen speakers, to test on
@@ -136,7 +136,7 @@ class Config:
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
         if not self.hop <= self.win <= self.n_fft:
-            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if segment_frames(self) < 1:
@@ -215,7 +215,7 @@ def initialize(net):
 
 class Model(nn.Module):
     """The two encoders, the decoder, the table of mu2, and the mean and deviation of each bin.
-    n_speakers is not used: the method needs no speaker labels."""
+    n_speakers is not used: the method needs no labels."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
@@ -223,7 +223,7 @@ class Model(nn.Module):
         self.cfg = cfg
         self.register_buffer("mean", torch.zeros(bins))
         self.register_buffer("std", torch.ones(bins))
-        # The number of the present pass of hierarchical sampling, and the step at which it began.
+        # The number of the current pass of hierarchical sampling, and the step at which it began.
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
         self.z2_encoder = Encoder(cfg, bins, cfg.d_z2)
         self.z1_encoder = Encoder(cfg, bins + cfg.d_z2, cfg.d_z1)
@@ -260,7 +260,8 @@ class Model(nn.Module):
 
     def rebuild(self, x, shift=0):
         """x (L, F) -> x_mu (L, F), decoded from z1 and z2 + shift, with shift (d2,). A segment
-        begins at every frame. The first one gives all its frames and every other its last one."""
+        begins at every frame. All frames of the first one are kept, and the last frame of every
+        other."""
         T = segment_frames(self.cfg)
         frames = []
         for starts in torch.arange(max(len(x) - T, 0) + 1, device=x.device).split(2048):
@@ -274,7 +275,8 @@ class Model(nn.Module):
     def vocode(self, x, samples):
         """x (B, L, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
         (D6)."""
-        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
+        # L frames make hop * (L - 1) samples, so one more frame is needed.
+        x = torch.cat([x, x[:, -1:]], 1)
         return griffin_lim((x * self.std + self.mean).exp(), self.cfg)[:, :samples]
 
 
@@ -284,7 +286,7 @@ def segment_frames(cfg):
 
 
 def log_magnitude(wave, cfg):
-    """(B, N) -> (B, L, F): natural log of the linear magnitude spectrum, at least 1e-5 (D2)."""
+    """(B, N) -> (B, L, F): natural log of the linear spectrum, of max(magnitude, 1e-5) (D2)."""
     return stft(wave, cfg).abs().clamp(min=1e-5).log()
 
 
@@ -326,15 +328,15 @@ def kl_to_normal(mu, log_var, prior_mean, variance):
 
 def log_posterior(m2, table):
     """m2 (B, d2), table (K, d2) -> (B, K): log q(y|m2), the log softmax over the rows of
-    -|m2 - mu2|^2 / (2 * 0.25)."""
+    -|m2 - mu2_j|^2 / (2 * 0.25)."""
     # |m2|^2 is the same for all rows and cancels, which leaves a matrix product.
     scores = m2 @ table.T - table.square().sum(1) / 2
     return (scores / VARIANCE).log_softmax(-1)
 
 
 def closed_form(total, n_segments):
-    """Sum of z over the segments of an utterance -> the mu that maximizes the sum of
-    log N(z; mu, 0.25) plus log N(mu; 0, 1)."""
+    """Sum of z2 over the segments of an utterance -> the mu2 that maximizes the sum of
+    log N(z2; mu2, 0.25) plus log N(mu2; 0, 1). For z1 it only defines mu1 (U2)."""
     return total / (n_segments + VARIANCE)
 
 
@@ -369,18 +371,20 @@ def objective(model, x, y, n_segments, table):
 # 2. Draw S_j random segments of each utterance j and encode them, without gradients, to their m2.
 # 3. Set row j to the closed form of mu2, the sum of these m2 over S_j + 0.25. The moments of Adam
 #    are kept, as in the authors' program.
-# 4. Draw S_j new random segments of each utterance and shuffle all of them into batches. What
+# 4. List row j as often as utterance j has segments, shuffle the list and cut it into batches. What
 #    fills no batch is dropped.
-# 5. For each batch, take one Adam step on the loss, for the networks and the table. The softmax of
-#    the discriminative term runs over the K rows, and the label y of a segment is its row.
+# 5. For each batch of rows, draw a new random segment of each row's utterance, and take one Adam
+#    step on the loss, for the networks and the table. The softmax of the discriminative term runs
+#    over the K rows, and the label y of a segment is its row.
 #
-# S_j = 1 + (L_j - T) // shift. If K is at least the number of training utterances, steps 2 and 3
-# are left out. Each utterance then keeps its row, which starts at random: the training of 2017.
+# S_j = 1 + (L_j - T) // shift, at least 1. If K is at least the number of training utterances,
+# steps 2 and 3 are left out. Each utterance then keeps its row, which starts at random: the
+# training of 2017.
 @functools.lru_cache(maxsize=1)
 def draw_pass(corpus, cfg, number):
     """Steps 1 and 4 of pass `number` -> utterances (K,), one for each row; n_segments (K,); and
     order, where each row occurs as often as it has segments, shuffled."""
-    rng = np.random.default_rng((cfg.seed, number, 2**31))  # get_batch has no such draw
+    rng = np.random.default_rng((cfg.seed, number, 2**31))  # no stream of get_batch
     utterances = corpus.train
     if cfg.sequences < len(corpus.train):
         utterances = rng.choice(corpus.train, cfg.sequences, replace=False)
@@ -411,7 +415,7 @@ def begin_pass(model, corpus, cfg, number, step):
     total = torch.zeros_like(model.table)
     for i in range(0, len(rows), 2048):
         y = rows[i : i + 2048]
-        # Draw 0 is that of the training batch.
+        # Draw 0 is reserved for the training batch.
         x = segments(model, corpus, cfg, step, 1 + i, utterances[y])
         m2, _ = model.z2_encoder(x)
         total.index_add_(0, torch.tensor(y, device=cfg.device), m2)
@@ -424,7 +428,7 @@ def begin_pass(model, corpus, cfg, number, step):
 
 def next_batch(model, corpus, cfg, step):
     """-> segments x (B, T, F), their rows y (B,), n_segments (B,). Begins a new pass when the
-    present one has no full batch left."""
+    current one has no full batch left."""
     size = WORLD_SIZE * cfg.batch_size
     number, first_step = model.progress.tolist()
     utterances, n_segments, order = draw_pass(corpus, cfg, number)
@@ -445,13 +449,14 @@ def next_batch(model, corpus, cfg, step):
 
 
 # Nothing runs in bfloat16: spectra, LSTMs and losses are float32, and --bf16 has no effect. The
-# LSTMs are nearly all of the work, and under autocast cuDNN would run them in float16, whose
-# gradients underflow. The losses, sums over thousands of elements, need float32 anyway.
+# LSTMs are nearly all of the work, and under autocast PyTorch runs those of cuDNN in float16, also
+# where bfloat16 is asked for; their gradients would underflow. The losses, sums over thousands of
+# elements, need float32 anyway.
 @torch.autocast("cuda", enabled=False)
 def train_step(model, optimizers, corpus, step, cfg):
-    """Step 5: one update of the networks and the table. The model of the last one is kept (D4)."""
+    """Step 5: one update of the networks and the table. The model of the last step is kept (D4)."""
     x, y, n_segments = next_batch(model, corpus, cfg, step)
-    table = model.table[: len(corpus.train)]  # a row beyond the utterances takes no part
+    table = model.table[: len(corpus.train)]  # K may exceed the number of utterances
     terms = objective(model, x, y, n_segments, table)
     loss = -(terms["bound"] + cfg.alpha * terms["log_qy"]).mean()
 
@@ -466,8 +471,8 @@ def train_step(model, optimizers, corpus, step, cfg):
 # ---------- representation, conversion, sampling ----------
 @torch.no_grad()
 def represent(model, wave, cfg):
-    """wave (N,) -> z1 (L / shift, d1) and z2 (L / shift, d2), the means of evenly spread segments;
-    mu1 (d1,) and mu2 (d2,), the s-vector."""
+    """wave (N,) -> z1 (ceil(L / shift), d1) and z2 (ceil(L / shift), d2), the means of evenly
+    spread segments; mu1 (d1,) and mu2 (d2,), the s-vector."""
     T = segment_frames(cfg)
     x = model.features(wave[None])[0]  # (L, F)
     n = ceil(len(x) / cfg.shift)
@@ -498,8 +503,8 @@ def convert(model, sources, targets, cfg):
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes speech from the prior and a denoised utterance. Returns the bound in nats per segment
-    of at most 200 test utterances, whose mu2 is the closed form."""
+    """Writes speech from the prior and a denoised utterance. Returns the bound in nats,
+    averaged over the segments of at most 200 test utterances, with mu2 by the closed form."""
     torch.manual_seed(0)
     write_prior(model, cfg, out)
     write_denoised(model, corpus.test, cfg, out)
@@ -528,7 +533,7 @@ def write_prior(model, cfg, out):
 
 def write_denoised(model, pool, cfg, out):
     """Writes a test utterance, the same with white noise 10 dB below it, and the noisy one
-    converted to another recording of the speaker, which is clean."""
+    converted to a clean recording of the same speaker."""
     u = pool.held[0]
     recordings = pool.held[pool.speaker[pool.held] == pool.speaker[u]]
     target = pool.wave(recordings[-1]).to(cfg.device)  # u itself if there is no other
@@ -1088,12 +1093,11 @@ def train(flags, given):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
     print(f"    {millions:.1f} million parameters on {run['hardware']}")
-    if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
-        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        write_examples(model.eval(), corpus, cfg, out / "samples")
+        metrics = sample(model, corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
         print(json.dumps(metrics, indent=1))
@@ -1101,6 +1105,29 @@ def train(flags, given):
     if WORLD_SIZE > 1:
         dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
+
+
+def write_examples(model, corpus, cfg, out):
+    """Writes the first 3 s of an utterance of four test speakers: as it is, reconstructed, and, if
+    the method converts, in the voice of the next speaker."""
+    test = corpus.test
+    _, first = np.unique(test.speaker[test.held], return_index=True)
+    utterances = test.held[first[:4]]
+    speakers = test.speaker[utterances]
+    sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
+    targets = []
+    if TARGET == "recording":
+        targets = sources[1:] + sources[:1]
+    elif TARGET == "speaker":
+        targets = [(s + 1) % len(corpus.speakers) for s in speakers]
+
+    # In one call, because the WaveNet takes hardly longer for eight waves than for one.
+    given = sources + sources[: len(targets)]
+    made = convert(model, given, [None] * len(sources) + targets, cfg)
+    for i, wave in enumerate(sources + made):
+        kind = ("source", "reconstruction", "conversion")[i // len(sources)]
+        speaker = test.speakers[speakers[i % len(sources)]]
+        write_audio(out / f"{speaker[:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

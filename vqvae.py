@@ -99,7 +99,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: the first ones are the same in all six scripts, and the rest are the method's."""
+    """Settings of a run: first those that all six scripts have, then those of the method."""
 
     data: str = ""  # folder of audio; none: toy voices
     test: str = ""  # another folder, usually of unseen speakers, to test on
@@ -147,7 +147,7 @@ class Config:
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
         if not self.hop <= self.win <= self.n_fft:
-            raise UserError(f"--hop {self.hop} --win {self.win} --n-fft {self.n_fft}: must rise")
+            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.crop % (2 * self.hop):
@@ -1225,12 +1225,11 @@ def train(flags, given):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{out}: from step {first} to {cfg.steps} in batches of {cfg.batch_size}")
     print(f"    {millions:.1f} million parameters on {run['hardware']}")
-    if cfg.device == "cpu" and flags.data and not flags.toy:
-        print("no CUDA device for a model of full size: add --toy for the small one")
     optimize(model, optimizers, corpus, cfg, out, first)
 
     if RANK == 0:
-        metrics = sample(model.eval(), corpus, cfg, out / "samples")
+        write_examples(model.eval(), corpus, cfg, out / "samples")
+        metrics = sample(model, corpus, cfg, out / "samples")
         run = dict(run, seconds=time.time() - began, metrics=metrics)
         (out / "run.json").write_text(json.dumps(run, indent=1))
         print(json.dumps(metrics, indent=1))
@@ -1238,6 +1237,29 @@ def train(flags, given):
     if WORLD_SIZE > 1:
         dist.barrier()  # all wait for rank 0, which samples
         dist.destroy_process_group()
+
+
+def write_examples(model, corpus, cfg, out):
+    """Writes the first 3 s of an utterance of four test speakers: as it is, reconstructed, and, if
+    the method converts, in the voice of the next speaker."""
+    test = corpus.test
+    _, first = np.unique(test.speaker[test.held], return_index=True)
+    utterances = test.held[first[:4]]
+    speakers = test.speaker[utterances]
+    sources = [test.wave(u)[: 3 * cfg.sample_rate].to(cfg.device) for u in utterances]
+    targets = []
+    if TARGET == "recording":
+        targets = sources[1:] + sources[:1]
+    elif TARGET == "speaker":
+        targets = [(s + 1) % len(corpus.speakers) for s in speakers]
+
+    # In one call, because the WaveNet takes hardly longer for eight waves than for one.
+    given = sources + sources[: len(targets)]
+    made = convert(model, given, [None] * len(sources) + targets, cfg)
+    for i, wave in enumerate(sources + made):
+        kind = ("source", "reconstruction", "conversion")[i // len(sources)]
+        speaker = test.speakers[speakers[i % len(sources)]]
+        write_audio(out / f"{speaker[:60]}_{kind}.wav", wave, cfg.sample_rate)
 
 
 def build(model, corpus, cfg, checkpoint):

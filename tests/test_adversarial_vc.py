@@ -594,6 +594,10 @@ def test_optimizers():
     held = [p for o in optimizers.values() for g in o.param_groups for p in g["params"]]
     assert len(held) == len({*held}) == len([*model.parameters()])
     assert [o.param_groups[0]["lr"] for o in optimizers.values()] == [1e-4, 1e-4, 1e-4, 3e-4]
+    # The first step of Adam, to which the golden values hold it, does not depend on the betas.
+    for optimizer in optimizers.values():
+        group = optimizer.param_groups[0]
+        assert (group["betas"], group["weight_decay"], group["amsgrad"]) == ((0.5, 0.9), 0, False)
 
 
 @pytest.mark.parametrize("norm, penalty", [(3, 4.0), (1, 0.0), (0, 1.0), (0.5, 0.25)])

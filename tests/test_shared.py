@@ -31,7 +31,7 @@ ORDER = "Config Model prepare make_optimizers train_step represent convert sampl
 
 # Size is counted in syntax-tree nodes, expressions and statements, which no way of writing can
 # shrink. The toy voices are the data of the quick start, and are counted by themselves.
-PLUMBING_NODES = 3580
+PLUMBING_NODES = 3740
 TOY_NODES = 420
 NODES_PER_LINE = 8.5
 METHOD_NODES = dict.fromkeys(SCRIPTS, 2600) | {"vqvae": 3000, "adain_vc": 1800}

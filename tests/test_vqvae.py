@@ -233,6 +233,17 @@ def test_vq_commitment_value_and_gradient():
     close(z.grad[0], [[0, -0.125], [0.125, -0.125], [0, 0.125], [0.125, 0.125]])
 
 
+def test_vq_passes_the_gradient_to_the_latents_alone():
+    """9.1: the decoder's gradient reaches the latents unchanged and the codes never, even where
+    they are learned by gradient."""
+    for codebook in ("ema", "gradient"):
+        vq, z = hand(codebook=codebook)
+        z_q, _, _ = vq.eval()(z)
+        G = torch.arange(8.0).view(1, 4, 2)
+        z_q.backward(G)
+        assert torch.equal(z.grad, G) and vq.e.grad is None
+
+
 def test_vq_takes_any_shape():
     """(D,), (n, D) and (B, T', D): the same codes and losses, in training mode too."""
     z = torch.tensor(Z, dtype=torch.float)
