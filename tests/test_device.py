@@ -190,6 +190,8 @@ def test_bfloat16_stays_near_float32(script, step):
         assert all(p.isfinite().all() for p in model.state_dict().values())
     exact, rough = (np.array(losses[dtype]) for dtype in (torch.float32, torch.bfloat16))
     assert np.isfinite(rough).all()
-    # These models are tiny: an instance norm over six frames makes much of a rounding error.
-    assert abs(rough[0] - exact[0]) < 0.15 * abs(exact[0]) + 0.02
-    assert abs(rough.mean() - exact.mean()) < 0.1 * abs(exact).mean() + 0.05
+    # A single loss is too noisy to compare: these models are tiny, and an instance norm over six
+    # frames makes much of a rounding error. The first five show errors before they accumulate.
+    for steps in (5, 50):
+        difference = abs(rough[:steps].mean() - exact[:steps].mean())
+        assert difference < 0.1 * abs(exact[:steps]).mean() + 0.05, steps
