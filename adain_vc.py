@@ -166,7 +166,7 @@ TOY = dict(
     kl=0.1,
     kl_steps=375,
 )
-TARGET = "recording"  # what convert takes: any recording of the target speaker
+TARGET = "recording"  # kind of target that convert takes: any recording of the speaker
 PRE_EMPHASIS = 0.97
 
 

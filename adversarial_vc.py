@@ -3,15 +3,15 @@
 
 Paper    Chou, Yeh, Lee, Lee. Multi-target Voice Conversion without Parallel Data by Adversarially
          Learning Disentangled Audio Representations. Interspeech 2018, arXiv:1804.02812.
-         Only the abstract and the demo page were available. Sizes, weights and schedule follow the
-         authors' code, and "differs" below means: from that code.
+         Sizes, weights and schedule follow the authors' code. Of the paper only the abstract was
+         at hand, so the items below compare with the code.
 
 Idea     Stage 1 is an autoencoder whose decoder is told the speaker, so the latent need not carry
-         it. To keep it out, classifier-1 learns to name the speaker of a latent, and the encoder
-         is trained to raise the error of classifier-1. To convert, the decoder is told another
-         speaker. Its output is blurred, because it minimizes an L1 error. Stage 2 freezes encoder
-         and decoder. A generator, built like the decoder, adds a residual. A critic judges how
-         real the sum is, and classifier-2 whether it is the target speaker.
+         it. To keep it out, classifier-1 learns to predict the speaker from the latent, and the
+         encoder is trained to raise its error. To convert, the decoder is told another speaker.
+         Its output is blurred, because it minimizes an L1 error. Stage 2 freezes encoder and
+         decoder. A generator, built like the decoder, adds a residual. A critic judges how real
+         the sum is, and classifier-2 whether it sounds like the target speaker.
 
 Model    wave (B, N) -> pre-emphasis, linear magnitude: -80 to 20 dB as 0 to 1   x    (B, T, F)
          encoder, with instance normalization (IN), T' = ceil(T / 8)             z    (B, T', C)
@@ -28,10 +28,11 @@ Loss     Stage 1   8,000 steps   encoder and decoder       L_rec = |Dec(z, y) - 
          Stage 2  50,000 steps   5 x critic                D(x') - D(x) + CE_2(x, y) + 10 GP
                                  1 x generator             -D(x') + CE_2(x', y')
          GP is the mean of (1 - |grad D(u)|)^2, where u is a random point between x and x'. The
-         weight w rises from 0 to 0.01 in 50,000 steps. Every update draws a batch of its own.
+         weight w rises linearly from 0 to 0.01 in the first 50,000 joint steps. L_rec is a mean
+         over all elements, the other terms are means over the batch. Every update draws its batch.
 
 Symbols  Dec, Gen   model.decoder, .generator            z      model.encoder(x)
-         D, CE_2    model.critic: value and logits       CE_1   model.classifier: logits
+         D, CE_2    model.critic(x): D and logits        CE_1   model.classifier(z): logits
          y, y'      speaker, target (B,)                 w      weight, at most cfg.adversary
          CE is the cross-entropy in nats. B segments, N samples, T frames, F bins, C channels,
          S speakers. The phases share cfg.steps in the ratio of the cfg.*_share.
@@ -39,26 +40,25 @@ Symbols  Dec, Gen   model.decoder, .generator            z      model.encoder(x)
 Differs from the paper
 D1  Every training utterance is equally likely, and segments are cut anew for every update. The
     authors draw the speaker first, trim silence and cut 500,000 segments in advance.
-D2  Latents are detached where the encoder is not trained, and in stage 2 the frozen encoder has no
-    dropout. The authors leave its dropout on.
+D2  In stage 2 the frozen encoder has no dropout. The authors leave its dropout on.
 D3  A silent training segment is replaced by another one of its batch. In silence each IN divides
     by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
 D4  Every length is converted and kept: fewer than 9 frames are repeated, and the output is cut to
-    T frames. The authors need 9 frames and return a multiple of 8. The heads of classifier-1 and
-    critic fit training segments of cfg.crop / cfg.hop frames. The authors' fit 128: classifier-1
-    takes 121 to 128 frames, the critic 97 to 128.
+    T frames. The authors need 9 frames and return a multiple of 8. Here the heads of classifier-1
+    and critic are made for cfg.crop / cfg.hop frames. The authors' are fixed: classifier-1 takes
+    121 to 128 frames, the critic 97 to 128.
 D5  The waveform comes from Griffin-Lim with momentum, and de-emphasis is done in the spectrum. The
     authors use 300 plain iterations and a recursive filter, and trim silence.
 D6  The last layers of generator and critic start at zero, so stage 2 begins with the output of
-    stage 1. From the usual start the critic is steep and leads the generator astray.
+    stage 1. With the default initialization the critic's large gradients push it away from there.
 Not specified in the paper
 U1  The batch size is 32, as in the authors' configuration. Their script ignores it and uses 16.
 
 Usage    python adversarial_vc.py                    toy corpus, two minutes on two CPU cores
          python adversarial_vc.py --data DIR         any folder of audio, full size, for a GPU
          python adversarial_vc.py convert --checkpoint RUN --source a.wav --target p5 --output b.wav
-         --adversary 0 is the control of the paper's claim. The logged classifier_loss (by chance
-         ln S) says little about z: the encoder has learned to mislead that one classifier.
+         To test the paper's claim, train again with --adversary 0. The logged classifier_loss (ln S
+         by chance) says little about z: the encoder has learned to mislead that one classifier.
 """
 
 import argparse
@@ -127,7 +127,7 @@ class Config:
     classifier_share: float = 20.0  # parts: classifier-1 alone
     joint_share: float = 80.0  # parts: both
     gan_share: float = 50.0  # parts: stage 2; 0: none
-    ramp: float = 50.0  # parts in which w rises from 0, from the first joint step on
+    ramp: float = 50.0  # parts over which w rises linearly, from the first joint step on
     classifier_steps: int = 5  # updates of classifier-1 in a joint step
     critic_steps: int = 5  # updates of the critic in a step of stage 2
     channels: int = 512  # C, of the latent and the blocks
@@ -187,7 +187,7 @@ TOY = dict(
     generator_lr=2e-4,
 )
 PHASES = ("autoencoder", "classifier", "joint", "stage 2")
-TARGET = "speaker"  # what convert takes: the index of a training speaker
+TARGET = "speaker"  # kind of target that convert takes: a training speaker, by its index
 PRE_EMPHASIS = 0.97
 SCALES = (2, 2, 2, 1, 1)  # by which the encoder's blocks divide T and the decoder's multiply it
 
@@ -203,8 +203,9 @@ class Conv(nn.Conv1d):
 
 
 class BiGRU(nn.GRU):
-    """h (B, T, C) -> (B, T, 2 * units), both directions of time. It runs in float32 also under
-    autocast, which on CUDA would choose float16, where its small gradients underflow."""
+    """h (B, T, C) -> (B, T, 2 * units), both directions of time. It runs in float32, because under
+    autocast cuDNN's GRU runs in float16, even if bfloat16 is asked for, and its gradients would
+    underflow."""
 
     def __init__(self, channels, units):
         super().__init__(channels, units, batch_first=True, bidirectional=True)
@@ -219,7 +220,7 @@ def conv_block(convs, dropout, Norm=nn.InstanceNorm1d, Dropout=nn.Dropout):
     layers = []
     for conv in convs:
         layers += [conv, nn.LeakyReLU()]
-    return nn.Sequential(*layers, Norm(conv.out_channels), Dropout(dropout))
+    return nn.Sequential(*layers, Norm(convs[-1].out_channels), Dropout(dropout))
 
 
 def apply_head(head, h):
@@ -236,7 +237,7 @@ def apply_head(head, h):
 
 class Encoder(nn.Module):
     """x (B, T, F) -> z (B, T', C), T' = ceil(T / 8). A bank of convolutions with kernels of 1, 2 ..
-    7 frames, three blocks that halve T, two dense blocks and a GRU. IN alone removes much of the
+    7 frames, three blocks that halve T, two blocks of kernel 1 and a GRU. IN removes a part of the
     speaker; the adversary works on what is left."""
 
     def __init__(self, cfg):
@@ -276,7 +277,7 @@ class Encoder(nn.Module):
 
 class DecoderBlock(nn.Module):
     """h (B, C, T), e (B, C, 1) -> (B, C, scale * T). The speaker's vector e is added before each
-    convolution, and the skip connection goes round it."""
+    convolution; the skip connection carries h without it."""
 
     def __init__(self, C, scale):
         super().__init__()
@@ -295,7 +296,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """z (B, T', C), speaker (B,) -> (B, 8 T', F): the decoder of stage 1 and the generator of stage
     2. Of the five tables of speaker vectors three belong to the blocks that double T, one to the
-    two dense blocks and one to the GRU."""
+    two blocks of kernel 1, and one to the GRU and the last layers."""
 
     def __init__(self, cfg, n_speakers):
         super().__init__()
@@ -390,8 +391,8 @@ class Model(nn.Module):
         return ((level + 80) / 100).clamp(1e-8, 1)
 
     def decode(self, z, speaker, frames, stage):
-        """z (B, T', C), speaker (B,) -> (B, frames, F) without what D4 and T' added: Dec in stage
-        1, Dec + Gen in stage 2, where Dec is frozen and gets no gradient."""
+        """z (B, T', C), speaker (B,) -> (B, frames, F), cut to `frames` (D4): Dec in stage 1,
+        Dec + Gen in stage 2, where Dec is frozen and gets no gradient."""
         if stage == 1:
             return self.decoder(z, speaker)[:, :frames]
         with torch.no_grad():
@@ -399,9 +400,10 @@ class Model(nn.Module):
         return (x + self.generator(z, speaker))[:, :frames]
 
     def vocode(self, x, samples):
-        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
-        (D5)."""
-        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
+        """x (B, T, F) -> wave (B, samples): approximately inverts `features`, with phases from
+        Griffin-Lim (D5)."""
+        # T frames make hop * (T - 1) samples, so one more frame is needed.
+        x = torch.cat([x, x[:, -1:]], 1)
         magnitude = 10 ** ((100 * x.clamp(0, 1) - 80) / 20)
 
         # Undo the pre-emphasis in the spectrum, where it is the gain of a filter of two taps.
@@ -412,7 +414,7 @@ class Model(nn.Module):
 
 # ---------- loss and training step ----------
 def prepare(model, corpus, cfg):
-    """There is nothing to measure: the scale of the features is fixed."""
+    """Does nothing: the features have a fixed scale."""
 
 
 def make_optimizers(model, cfg):
@@ -454,14 +456,14 @@ def schedule(step, cfg):
 
 def segments(model, corpus, cfg, step, draw, utterances=None):
     """-> x (B, T, F), speaker (B,): a segment of T = crop / hop frames from each utterance of a
-    batch of 32 (U1), all utterances being equally likely (D1)."""
-    # The crop has a margin, so that the window of no frame reaches beyond its edges.
+    batch (U1), all utterances being equally likely (D1)."""
+    # The crop has a margin, so that the window of every frame that is kept lies inside the crop.
     margin = ceil(cfg.win / 2 / cfg.hop)
     with_margin = replace(cfg, crop=cfg.crop + 2 * margin * cfg.hop)
     batch = get_batch(corpus, with_margin, step, draw, utterances)
     x = model.features(batch["wave"])[:, margin : margin + cfg.crop // cfg.hop]
 
-    # D3: silence is what varies by less than 1 dB.
+    # D3: a segment is silent if its deviation over time, averaged over the bins, is at most 1 dB.
     audible = x.std(1).mean(1) > 0.01  # (B,)
     own = torch.arange(len(x), device=x.device)
     chosen = torch.where(audible, own, audible.int().argmax())
@@ -469,8 +471,8 @@ def segments(model, corpus, cfg, step, draw, utterances=None):
 
 
 def classifier_step(model, optimizers, x, speaker, cfg):
-    """Stage 1: classifier-1 learns to name the speaker of a latent. The encoder does not move."""
-    with torch.no_grad():  # D2
+    """Stage 1: classifier-1 learns to predict the speaker from the latent."""
+    with torch.no_grad():  # the encoder is not updated
         z = model.encoder(x)
     loss = F.cross_entropy(model.classifier(z), speaker)
     update(loss, optimizers["classifier"], cfg, model.classifier)
@@ -513,7 +515,7 @@ def full_float32(device):
 
 def gradient_penalty(critic, real, fake):
     """GP: the mean of (1 - |grad D(u)|)^2, where u is a random point between a real and a fake
-    segment (B, T, F). Both it and backward of it belong in `full_float32`."""
+    segment (B, T, F). Compute it and its backward pass in `full_float32`."""
     mix = torch.rand(len(real), 1, 1, device=real.device)
     u = fake.lerp(real, mix).requires_grad_()  # (B, T, F)
     value, _ = critic(u)
@@ -522,7 +524,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_step(model, optimizers, x, speaker, cfg):
-    """Stage 2: the critic learns to tell real segments from converted ones, classifier-2 to name
+    """Stage 2: the critic learns to tell real segments from converted ones, classifier-2 to predict
     the speaker of real ones."""
     with torch.no_grad():
         fake, _ = converted(model, x)
@@ -533,7 +535,7 @@ def critic_step(model, optimizers, x, speaker, cfg):
 
     with full_float32(x.device.type):
         penalty = gradient_penalty(model.critic, x, fake)
-        # Backward too: that of the penalty consists of further convolutions.
+        # Backward too, because it differentiates the gradient in the penalty.
         update(error - distance + cfg.penalty * penalty, optimizers["critic"], cfg, model.critic)
     return {
         "critic_distance": distance.detach(),
@@ -544,12 +546,13 @@ def critic_step(model, optimizers, x, speaker, cfg):
 
 def generator_step(model, optimizers, x, cfg):
     """Stage 2: the generator learns a residual with which the critic takes the sum for real and
-    classifier-2 for the target speaker. Only the frozen decoder keeps what was said."""
+    classifier-2 for the target speaker. No term keeps what was said; only the output of the
+    frozen decoder does."""
     fake, target = converted(model, x)
     value, logits = model.critic(fake)
     error = F.cross_entropy(logits, target)
     update(error - value.mean(), optimizers["generator"], cfg, model.generator)
-    return {"generator_loss": error.detach()}
+    return {"generator_classifier_2_loss": error.detach()}
 
 
 def train_step(model, optimizers, corpus, step, cfg):
@@ -581,14 +584,15 @@ def represent(model, wave, cfg):
 @torch.no_grad()
 def convert(model, sources, targets, cfg, stage=2):
     """Waves (N,), each with the index of a training speaker -> waves (N,) that say the same in that
-    voice, by stage 1 alone or by both. None as a target reconstructs the source."""
+    voice, by stage 1 alone or by both. None as a target reconstructs the source,
+    with the training speaker who fits it best."""
     waves = []
     for source, target in zip(sources, targets):
         x = model.features(source[None])
         z = model.encoder(x)
         if target is None:
-            # The training speaker with whom the decoder comes closest to the first 512 frames; z
-            # is the same for all of them.
+            # Take the training speaker with whom the decoder comes closest to the first 512
+            # frames. z broadcasts over the speakers.
             speakers = torch.arange(model.n_speakers, device=x.device)
             guesses = model.decode(z[:, :64], speakers, x.shape[1], stage=1)  # (S, 512, F)
             target = (guesses - x[:, :512]).abs().mean((1, 2)).argmin()
@@ -600,9 +604,9 @@ def convert(model, sources, targets, cfg, stage=2):
 
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
-    """Writes eight held-out utterances in the voice of the next speaker, by stage 1 alone and by
-    both stages: stage 2 should make them sharper. Returns L_rec of 32 held-out segments, in units
-    of 100 dB."""
+    """Writes up to eight held-out utterances in the voice of the next speaker, by stage 1 alone and
+    by both stages: stage 2 should make them sharper. Returns L_rec of 32 held-out segments, in
+    units of 100 dB."""
     for u in corpus.held[:8]:
         wave = corpus.wave(u).to(cfg.device)
         target = (corpus.speaker[u] + 1) % model.n_speakers

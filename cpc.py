@@ -175,7 +175,7 @@ TOY = dict(
     units=25,
     hidden=128,
 )
-TARGET = "speaker"  # what convert takes: the index of a training speaker
+TARGET = "speaker"  # kind of target that convert takes: a training speaker, by its index
 STRIDES = (5, 4, 2, 2, 2)  # of the encoder; a layer for each, as many as make up cfg.hop
 HOPS = (5, 20, 40, 80, 160)  # samples between frames after each layer
 
@@ -293,8 +293,8 @@ class Model(nn.Module):
         return (log_mel(wave, self.cfg)[:, :-1] - self.mean) / self.std
 
     def vocode(self, x, samples):
-        """x (B, T, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
-        (D5)."""
+        """x (B, T, F) -> wave (B, samples): approximately inverts `features`, with phases from
+        Griffin-Lim (D5)."""
         # Two more frames, so that the wave is long enough.
         x = F.pad(x.mT, (0, 2), mode="replicate").mT
         mel = (x * self.std + self.mean).exp()

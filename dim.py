@@ -329,8 +329,10 @@ class Model(nn.Module):
         return self.features(wave)[:, : self.cfg.crop // self.cfg.hop]
 
     def vocode(self, x, samples):
-        """x (B, T, F) -> wave (B, samples): the inverse of `features`, phases by Griffin-Lim."""
-        x = torch.cat([x, x[:, -1:]], 1)  # one more frame, so that the wave is long enough
+        """x (B, T, F) -> wave (B, samples): approximately inverts `features`, with phases from
+        Griffin-Lim."""
+        # T frames make hop * (T - 1) samples, so one more frame is needed.
+        x = torch.cat([x, x[:, -1:]], 1)
         mel = (x * self.std + self.mean).exp()
         return griffin_lim(mel_to_magnitude(mel, self.cfg), self.cfg)[:, :samples]
 

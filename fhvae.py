@@ -159,7 +159,7 @@ TOY = dict(
     layers=1,
     d_z1=24,
 )
-TARGET = "recording"  # what convert takes: any recording of the target speaker
+TARGET = "recording"  # kind of target that convert takes: any recording of the speaker
 VARIANCE = 0.25  # of the prior of z2 around mu2; those of z1 and mu2 have a variance of 1
 
 
@@ -273,8 +273,8 @@ class Model(nn.Module):
         return torch.cat(frames)[: len(x)]
 
     def vocode(self, x, samples):
-        """x (B, L, F) -> wave (B, samples): the inverse of `features`, with phases from Griffin-Lim
-        (D6)."""
+        """x (B, L, F) -> wave (B, samples): approximately inverts `features`, with phases from
+        Griffin-Lim (D6)."""
         # L frames make hop * (L - 1) samples, so one more frame is needed.
         x = torch.cat([x, x[:, -1:]], 1)
         return griffin_lim((x * self.std + self.mean).exp(), self.cfg)[:, :samples]

@@ -178,7 +178,7 @@ TOY = dict(
     cycles=1,
     depth=8,
 )
-TARGET = "speaker"  # what convert takes: the index of a training speaker
+TARGET = "speaker"  # kind of target that convert takes: a training speaker, by its index
 SILENCE = 128  # of 256 levels, the one of amplitude 0
 
 

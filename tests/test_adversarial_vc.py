@@ -187,7 +187,7 @@ def test_steps_against_the_authors(authors, monkeypatch):
         "critic_distance": "distance",
         "penalty": "penalty",
         "classifier_2_loss": "cross_entropy_2",
-        "generator_loss": "cross_entropy_2",
+        "generator_classifier_2_loss": "cross_entropy_2",
     }
     for name, run in runs.items():
         golden = STEPS[name]
