@@ -153,7 +153,9 @@ class Config:
                 f"--hop {self.hop}: choose from {HOPS}, the products of the first strides"
             )
         if self.crop // self.hop < self.prediction_steps + 2:
-            raise UserError(f"--crop {self.crop}: too short for --prediction-steps; raise it")
+            raise UserError("--crop is too short for --prediction-steps; raise it")
+        if self.negatives == "other-sequences" and self.batch_size < 2:
+            raise UserError("--negatives other-sequences needs --batch-size 2 or more")
 
 
 # The same model, narrower, at 8 kHz with one convolution fewer, for two CPU cores and two minutes.

@@ -10,8 +10,8 @@ Paper    van den Oord, Vinyals, Kavukcuoglu. Neural Discrete Representation Lear
 Idea     An autoencoder whose bottleneck is one integer per 20 ms: each latent is replaced by the
          nearest of K codes. The decoder is a WaveNet, which predicts every sample from those before
          it, and it is told the speaker. The codes need to carry only what it cannot guess, roughly
-         the phones. Choosing a code has no gradient; the latent gets that of its code instead
-         (straight-through). Decoding the codes with another speaker converts the voice.
+         the phones. Choosing a code is not differentiable, so the gradient at the code is copied to
+         the latent (straight-through). Decoding with another speaker converts the voice.
 
 Model    wave x (B, N) -> MFCC at 100 Hz, standardized                     (B, T, 39), T = N / 160
          encoder: 9 convolutions, one of stride 2; projection to D    z    (B, T', D), T' = T / 2
@@ -22,8 +22,8 @@ Model    wave x (B, N) -> MFCC at 100 Hz, standardized                     (B, T
 Loss     L = -log p(x|z_q) + |sg[z_e(x)] - e|^2 + beta |z_e(x) - sg[e]|^2    Eq. (3), 1711.00937
          sg stops the gradient. log p is a sum over the N samples of a crop; |.|^2 is a sum over D
          and an average over the T' latents (Sec. 3.2). Training divides L by N, so that its first
-         term is in nats per sample. The second term moves the codes. By default, moving averages
-         of the n_i latents z_ij that chose code i replace it (Appendix A.1):
+         term is in nats per sample. The second term moves the codes. By default it is left out, and
+         code i is a moving average of the n_i latents z_ij that chose it (Appendix A.1):
          N_i <- g N_i + (1 - g) n_i,   m_i <- g m_i + (1 - g) sum_j z_ij,   e_i = m_i / N_i
 
 Symbols  z_e(x)   z             (B, T', D)         N_i, m_i   bottleneck.N, .M   (K,), (K, D)
@@ -36,29 +36,29 @@ Differs from the paper
 D1  Encoder, size of the codes, jitter and WaveNet are those of 1901.08810: MFCC in, 50 codes a
     second. 1711.00937 encodes the wave by 6 strided convolutions, a code for every 64 samples.
 D2  K = 512, as in the VCTK model of 1711.00937. 1901.08810 varies it.
-D3  The encoder's convolutions, and its output before the projection, are batch-normalized without
-    scale and shift, on each GPU by itself. Without this the encoder's residual sums keep growing.
+D3  The encoder's convolutions and its output are batch-normalized, on each GPU by itself.
 D4  The codes start as latents of the data. A code that is hardly used moves to a random latent.
 D5  Counts are Laplace-smoothed in m_i / N_i, so that nothing is divided by 0.
 D6  The codes are moving averages, which 1711.00937 proposes but did not use in its experiments.
     --codebook gradient trains them by the second term of L.
 D7  The WaveNet's table of sample embeddings starts as sines and cosines of the level, not at
     random: neighboring levels start alike, and the decoder need not learn their order.
-D8  The weights are not Polyak-averaged: one set of them is trained, evaluated and saved.
+D8  The one-hot vector of the S speakers is multiplied by sqrt(S), which makes its mean square 1, as
+    that of the embeddings. Otherwise a short training hardly uses the speaker.
+D9  The weights are not Polyak-averaged: one set of them is trained, evaluated and saved.
 Not specified in the paper
 U1  The MFCC: here Slaney mel scale, magnitudes, no pre-emphasis, differences over 5 frames.
-U2  The edges of a crop: here silence before and after it; the differences repeat the edge frame.
+U2  The edges of a crop: here zeros, silence before the first sample, repeated frames in the MFCC.
 U3  The kernel of the WaveNet's convolutions: here 2.
 U4  Scaling in the WaveNet: here residual sums by sqrt(1/2), the sum of the skips by sqrt(1/L).
 U5  One-hot and binary bottleneck here: hard values also in training, a loss that keeps codes in
     use, and for one-hot the temperature of 1611.01144, Sec. 4.3, lowered at every step.
-U6  The number of steps in which the learning rate is halved three times: here a million.
+U6  The total number of steps, to which the halvings of the learning rate belong: here a million.
 U7  How codes are upsampled to samples: here each is repeated.
 
-Usage    python vqvae.py [--data DIR]    toy corpus, minutes on a CPU [full size, for a GPU]
+Usage    python vqvae.py                toy corpus, three minutes on two CPU cores
+         python vqvae.py --data DIR     full size, for a GPU: 24 GB take --batch-size 48 (estimated)
          python vqvae.py convert --checkpoint RUN --source a.wav --target SPEAKER --output c.wav
-         Memory at full size in bfloat16, by a count of saved tensors: 0.37 GiB a crop, so that a
-         24 GB card takes --batch-size 48. `nats` in the log starts at ln 256 = 5.55.
 """
 
 import argparse
@@ -154,32 +154,34 @@ class Config:
             raise UserError(f"--crop {self.crop}: must be a multiple of {2 * self.hop}")
 
 
-# The same model, narrower, at 8 kHz, for two CPU cores and two minutes; beta was chosen by trial.
+# The same model, narrower, for two CPU cores and three minutes. At 5 kHz a period of the voice has
+# fewer samples than at 8, which the WaveNet learns sooner. beta and temperature were chosen by
+# trial, batch and rate for many short steps.
 TOY = dict(
-    sample_rate=8000,
+    sample_rate=5000,
     n_fft=256,
-    win=200,
-    hop=80,
+    win=125,
+    hop=50,
     n_mels=40,
-    crop=1920,
-    batch_size=8,
-    steps=850,
-    lr=3e-3,
-    log_every=50,
-    save_every=250,
+    crop=1200,
+    batch_size=3,
+    steps=6500,
+    lr=4e-3,
+    log_every=250,
+    save_every=1000,
     codes=64,
     beta=0.01,
-    decay=0.95,
-    tau_rate=3e-3,
+    tau_rate=4e-4,
     channels=128,
     d_condition=32,
     residual=32,
     skip=64,
     cycles=1,
     depth=8,
+    temperature=0.85,
 )
 TARGET = "speaker"  # kind of target that convert takes: a training speaker, by its index
-SILENCE = 128  # of 256 levels, the one of amplitude 0
+SILENCE = 128  # of 256 levels, the one that encodes an amplitude of 0
 
 
 # ---------- model ----------
@@ -198,7 +200,7 @@ class Residual(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """MFCC (B, T, 39) at 100 Hz -> latents z (B, T', D) at 50 Hz. Each sees 16 frames (D1)."""
+    """MFCC (B, T, 39), at 100 Hz -> latents z (B, T', D), at 50 Hz. Each sees 16 frames (D1)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -208,7 +210,7 @@ class Encoder(nn.Module):
             Residual(*convolution(C, C, 3)),
             convolution(C, C, 4, stride=2),
             *(Residual(*convolution(C, C, kernel)) for kernel in (3, 3, 1, 1, 1, 1)),
-            nn.BatchNorm1d(C, affine=False),  # D3
+            nn.BatchNorm1d(C, affine=False),  # D3: otherwise the residual sums grow in training
         )
         self.project = nn.Linear(C, cfg.d_code)
 
@@ -218,7 +220,7 @@ class Encoder(nn.Module):
 
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K codes, and learns the codes: Sections 3.1, 3.2 and
-    A.1 of 1711.00937. It needs nothing else of this script.
+    A.1 of 1711.00937. Of this script it needs only the imports torch, nn, F and dist.
 
     codes      K
     dim        D
@@ -239,8 +241,7 @@ class VectorQuantizer(nn.Module):
         self.revive = revive
         self.by_gradient = codebook == "gradient"
         self.e = nn.Parameter(torch.randn(codes, dim), requires_grad=self.by_gradient)
-        # Each code starts with one latent, itself. If it started with none, it would be thrown far
-        # away by the first division of M by N.
+        # Each code starts with a count of 1. With 0, the first M / N would throw it far away.
         self.register_buffer("N", torch.ones(codes))
         self.register_buffer("M", self.e.detach().clone())
 
@@ -251,8 +252,9 @@ class VectorQuantizer(nn.Module):
         self.M.copy_(self.e)
 
     def forward(self, z):
-        """z (.., D) -> z_q (.., D), ids (..), and the last two terms of Eq. (3): sums over D,
-        averaged over the latents. All in the precision of the codes, also under autocast."""
+        """z (.., D) -> z_q (.., D), ids (..), and the commitment term of Eq. (3), with "gradient"
+        also its second term: sums over D, averaged over the latents. All is in the precision of
+        the codes, also under autocast."""
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick other codes
             z = z.to(self.e.dtype)
             latents = z.detach().reshape(-1, z.shape[-1])  # (n, D)
@@ -270,8 +272,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z, ids):
-        """Moves N, M and, unless it learns by gradient, e towards latents z (n, D) that chose the
-        codes ids (n,). Nothing here depends on a value, so that a GPU need not wait."""
+        """Moves N, M and, with "ema", e towards the latents z (n, D) that chose the codes ids (n,),
+        then replaces dead codes. No shape depends on a value, so a GPU need not wait."""
         K = len(self.e)
         chosen = F.one_hot(ids, K).to(z.dtype)  # (n, K)
         n = chosen.sum(0)
@@ -299,7 +301,8 @@ class VectorQuantizer(nn.Module):
 
 class OneHot(nn.Module):
     """One of K by straight-through Gumbel-softmax, Section 2.2 of 1611.01144 (U5). Like the next
-    two, it has the interface of VectorQuantizer. Its loss is 0 if all codes are used alike."""
+    two, it has the interface of VectorQuantizer. Its loss is the KL of the average softmax to
+    uniform shares."""
 
     def __init__(self, codes, dim):
         super().__init__()
@@ -309,7 +312,7 @@ class OneHot(nn.Module):
 
     def forward(self, z):
         logits = self.logits(z).float()  # (.., K)
-        if self.training:  # straight-through: with soft values the decoder would undo the choice
+        if self.training:  # straight-through: soft values would let more information through
             one_hot = F.gumbel_softmax(logits, self.tau, hard=True)
         else:
             one_hot = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -453,8 +456,8 @@ class Model(nn.Module):
         return (mfcc(wave, self.cfg) - self.mean) / self.std
 
     def encode(self, wave):
-        """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), the bottleneck's loss. Silence fills
-        up the last code."""
+        """(B, N) -> z (B, T', D), z_q (B, T', D), ids (B, T'), the bottleneck's loss. The wave is
+        padded with zeros to a whole number of codes."""
         wave = F.pad(wave, (0, -wave.shape[1] % self.samples_per_code))
         z = self.encoder(self.features(wave))
         return z, *self.bottleneck(z)
@@ -465,7 +468,7 @@ class Model(nn.Module):
         if self.training:
             z_q = jitter(z_q, self.cfg.jitter)
         h = self.context(z_q.mT).mT
-        one_hot = F.one_hot(speaker, self.n_speakers)[:, None]
+        one_hot = F.one_hot(speaker, self.n_speakers)[:, None] * self.n_speakers**0.5  # D8
         return torch.cat([h, one_hot.expand(-1, h.shape[1], -1)], -1)
 
     def forward(self, z_q, speaker, wave):
@@ -502,7 +505,7 @@ def differences(x):
 @torch.no_grad()
 def prepare(model, corpus, cfg):
     """Before the first step: mean and deviation of the MFCC, and codes drawn from the latents."""
-    n_crops = 512 + 4 * cfg.codes * model.samples_per_code // cfg.crop  # with over 4 K latents
+    n_crops = 512 + 4 * cfg.codes * model.samples_per_code // cfg.crop  # more than 4 K latents
     utterances = np.random.default_rng(cfg.seed).choice(corpus.train, n_crops)
     wave = get_batch(corpus, cfg, 0, draw=1, utterances=utterances)["wave"]
     x = mfcc(wave, cfg)  # (n, T, 39)
@@ -518,8 +521,8 @@ def prepare(model, corpus, cfg):
 
 
 def make_optimizers(model, cfg):
-    """One Adam for all that has a gradient: not for codes that are moving averages. Its weights are
-    also the final ones (D8)."""
+    """One Adam for all parameters that have a gradient; codes that are moving averages have none.
+    The trained weights are the final ones (D9)."""
     return {"autoencoder": torch.optim.Adam(model.parameters(), cfg.lr, fused=True)}
 
 
@@ -548,7 +551,7 @@ def train_step(model, optimizers, corpus, step, cfg):
 
 def perplexity(ids):
     """Integers of any shape -> exp of the entropy of their use: K if K are used alike, 1 if a
-    single one is. No size depends on a value, so that a GPU need not wait."""
+    single one is. No shape depends on a value, so a GPU need not wait."""
     ids = ids.flatten().sort().values
     count = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)  # of each one
     return (-(count / len(ids)).log().mean()).exp()
@@ -566,10 +569,10 @@ def represent(model, wave, cfg):
     return representations
 
 
-def generate(net, c, hop, steps, temperature):
-    """Draws from a WaveNet sample by sample: c (B, T', C), each code for `hop` samples -> levels
-    (B, steps). A layer needs its own input of d samples ago, so each keeps its last d inputs in a
-    ring, and a new sample costs one pass through the layers."""
+def generate(net, c, samples_per_code, steps, temperature):
+    """Draws from a WaveNet sample by sample: c (B, T', C) -> levels (B, steps). A layer needs its
+    own input of d samples ago, so each keeps its last d inputs in a ring, and a new sample costs
+    one pass through the layers."""
     B = len(c)
     v = net.condition(c).permute(1, 2, 0, 3).contiguous()  # (T', L, B, 2R)
     R = net.embed.embedding_dim
@@ -581,7 +584,7 @@ def generate(net, c, hop, steps, temperature):
     def draw():
         """One sample of each stream."""
         h = net.embed(y)  # (B, R)
-        v_t = v[t // hop][0]  # (L, B, 2R)
+        v_t = v[t // samples_per_code][0]  # (L, B, 2R)
         skips = 0
         for i, ring in enumerate(rings):
             oldest = t % len(ring)
@@ -605,7 +608,7 @@ def generate(net, c, hop, steps, temperature):
 def repeat(action, times, device):
     """Calls action() so many times. On a GPU it is recorded as a CUDA graph and replayed, because
     to launch the kernels of one sample takes longer than to run them. So what changes from one
-    call to the next must be in tensors that are changed in place: even the time."""
+    call to the next must be in tensors that are changed in place, including the time."""
     if device.type != "cuda":
         for _ in range(times):
             action()
@@ -660,7 +663,7 @@ def likeliest_speaker(model, wave, cfg):
 @torch.no_grad()
 def sample(model, corpus, cfg, out):
     """Returns the nats per sample of held-out crops with their own codes and speaker, with the
-    codes of another crop, and with another speaker: how much the decoder leans on both."""
+    codes of another crop, and with another speaker: how much the decoder relies on each."""
     nats = defaultdict(float)
     utterances = corpus.held[:500]
     for some in np.array_split(utterances, ceil(len(utterances) / cfg.batch_size)):

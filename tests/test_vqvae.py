@@ -1088,7 +1088,7 @@ def test_the_beginning_of_the_toy_run(toy_folder, monkeypatch):
     """Against the untrained control: training brings the phone into encoder and codes, and the
     speaker leaves the codes, more than the latents before them."""
     monkeypatch.chdir(toy_folder)
-    cfg = v.Config(**v.TOY | {"steps": 60, "device": "cpu"})
+    cfg = v.Config(**v.TOY | {"steps": 250, "device": "cpu"})
     corpus = v.load_corpus(cfg)
     model = v.Model(cfg, len(corpus.speakers))
     v.prepare(model, corpus, cfg)
