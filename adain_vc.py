@@ -388,7 +388,7 @@ def make_optimizers(model, cfg):
     return {"autoencoder": adam}
 
 
-def segments(model, corpus, step, cfg):
+def segments(model, corpus, cfg, step):
     """-> x (B, T, F): a segment of T = crop / hop frames from each utterance of the batch."""
     # The crop has a margin, so that the window of every frame that is kept lies inside the crop.
     margin = ceil(cfg.win / 2 / cfg.hop)
@@ -418,7 +418,7 @@ def losses(model, x):
 
 def train_step(model, optimizers, corpus, step, cfg):
     """One update of all three networks."""
-    l1, kl = losses(model, segments(model, corpus, step, cfg))
+    l1, kl = losses(model, segments(model, corpus, cfg, step))
     kl_weight = cfg.kl * min(1, (step + 1) / cfg.kl_steps)  # D2
     loss = cfg.l1 * l1 + kl_weight * kl
 

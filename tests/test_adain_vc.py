@@ -207,7 +207,7 @@ def test_a_crop_does_not_see_its_edges(monkeypatch):
         return {"wave": wave[:, first : first + cfg.crop]}
 
     monkeypatch.setattr(v, "get_batch", batch)
-    x = v.segments(model, None, 0, cfg)
+    x = v.segments(model, None, cfg, 0)
     margin = (asked[0] - cfg.crop) // 2 // cfg.hop
     assert x.shape == (1, cfg.crop // cfg.hop, cfg.n_mels) and margin > 0
     whole = model.features(wave)[:, 10 + margin :]
