@@ -175,7 +175,7 @@ TARGET = ""  # convert takes no target: there is one vector for an utterance, an
 
 # ---------- model ----------
 def pool(h):
-    """h (B, T, C) -> mean and deviation over time (B, 2 C), which drop the order (D3)."""
+    """h (B, T, C) -> mean and standard deviation over time (B, 2 C), which drop the order (D3)."""
     h = h.float()  # also under autocast
     variance = h.var(1, correction=0) + 1e-5
     return torch.cat([h.mean(1), variance.sqrt()], 1)
