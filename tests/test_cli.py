@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("vqvae", "fhvae", "adversarial_vc", "adain_vc", "cpc", "dim")
 COMMON = "--toy --device cpu --batch-size 2 --crop 1920 --steps 4 --save-every 2 --log-every 2"
 SMALL = {  # flags that make the model tiny; the first one changes its shape
-    "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4",
+    "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4 "
+    "--sample-rate 8000 --win 200 --hop 80",
     "adain_vc": "--channels 8 --d-content 4 --d-speaker 8 --bank 2 --bank-channels 4 --blocks 2 "
     "--dense 1",
     "adversarial_vc": "--channels 8 --bank 2 --bank-channels 4 --critic-channels 2 "

@@ -27,7 +27,8 @@ TINY = "--toy --device cpu --batch-size 2 --crop 1920 --steps 2 --save-every 2 -
 FLAGS = {
     "adain_vc": "--channels 8 --d-content 4 --d-speaker 8 --bank 2 "
     "--bank-channels 4 --blocks 2 --dense 1",
-    "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4",
+    "vqvae": "--d-code 8 --channels 16 --codes 8 --d-condition 8 --residual 8 --skip 8 --depth 4 "
+    "--sample-rate 8000 --win 200 --hop 80",
 }
 
 

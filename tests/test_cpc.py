@@ -291,7 +291,11 @@ def test_hop_is_the_product_of_the_strides(hop, layers):
 
 @pytest.mark.parametrize(
     "options, words",
-    [(dict(hop=100), "--hop 100"), (dict(crop=2080), "--crop 2080: too short")],
+    [
+        (dict(hop=100), "--hop 100"),
+        (dict(crop=2080), "--crop is too short"),
+        (dict(negatives="other-sequences", batch_size=1), "--batch-size 2"),
+    ],
 )
 def test_sizes_that_cannot_be(options, words):
     with pytest.raises(v.UserError, match=words):

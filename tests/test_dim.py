@@ -771,7 +771,7 @@ def test_the_optimizers_share_out_all_parameters(corpus):
 
 @pytest.mark.parametrize("wrong", [dict(batch_size=1), dict(crop=639), dict(alpha=0.0, beta=0.0)])
 def test_sizes_that_teach_nothing(wrong):
-    with pytest.raises(v.UserError, match="--batch-size 2, --crop 8 hops, --alpha or --beta"):
+    with pytest.raises(v.UserError, match="--batch-size >= 2, --crop >= 8 hops"):
         v.Config(**TINY | wrong)
     v.Config(**TINY | dict(batch_size=2, crop=640))
 
