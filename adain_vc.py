@@ -4,7 +4,8 @@
 Paper    Chou, Yeh, Lee. One-shot Voice Conversion by Separating Speaker and Content
          Representations with Instance Normalization. Interspeech 2019, arXiv:1904.05742.
          Layer sizes and schedule follow the authors' final code, which differs from the paper
-         (D1 to D3).
+         (D1 to D3). The text of the paper was not at hand: what is said of it is from the
+         authors' code and answers, and from readers' notes.
 
 Idea     What stays constant over an utterance is mostly the speaker; what changes is the content.
          The content encoder uses instance normalization (IN): it sets the mean over time of every
@@ -45,12 +46,12 @@ D6  The waveform comes from Griffin-Lim with momentum on the pseudo-inverse of t
     authors use 100 plain iterations on a scaled transpose.
 D7  The mean and deviation of a band are those of utterances of all speakers, and the deviation is
     at least 1 dB. Segments are cut anew in every step. The authors take the first 5,000 files by
-    name, which are only a dozen speakers of VCTK, and draw 10 million segments in advance.
+    name, which are about a dozen speakers of VCTK, and draw 10 million segments in advance.
 Not specified in the paper
 U1  Over what the loss is averaged: here both terms are means over all elements, as in the authors'
     code.
-U2  How several recordings of the target are used: concatenate them to one wave before `convert`, so
-    that the speaker encoder averages over all of them.
+U2  How several recordings of the target are used: here as one wave, concatenated before `convert`,
+    so that the speaker encoder averages over all of them.
 
 Usage    python adain_vc.py                               toy corpus, two minutes on two CPU cores
          python adain_vc.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
@@ -139,10 +140,12 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
+        if self.crop < 2 * self.hop:
+            raise UserError("--crop is shorter than two --hop; raise it")
 
 
 # The same model, narrower, at 16 kHz, for two CPU cores and two minutes; kl was chosen by trial.
@@ -1162,7 +1165,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

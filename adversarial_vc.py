@@ -43,16 +43,16 @@ D1  Every training utterance is equally likely, and segments are cut anew for ev
 D2  In stage 2 the frozen encoder has no dropout. The authors leave its dropout on.
 D3  A silent training segment is replaced by another one of its batch. In silence each IN divides
     by sqrt(1e-5), and the gradient of one such segment would drown that of all the others.
-D4  Every length is converted and kept: fewer than 9 frames are repeated, and the output is cut to
+D4  Every length is accepted and kept: fewer than 9 frames are repeated, and the output is cut to
     T frames. The authors need 9 frames and return a multiple of 8. Here the heads of classifier-1
     and critic are made for cfg.crop / cfg.hop frames. The authors' are fixed: classifier-1 takes
     121 to 128 frames, the critic 97 to 128.
 D5  The waveform comes from Griffin-Lim with momentum, and de-emphasis is done in the spectrum. The
     authors use 300 plain iterations and a recursive filter, and trim silence.
 D6  The last layers of generator and critic start at zero, so stage 2 begins with the output of
-    stage 1. With the default initialization the critic's large gradients push it away from there.
+    stage 1. With the default initialization the critic's large gradients soon spoil that output.
 Not specified in the paper
-U1  The batch size is 32, as in the authors' configuration. Their script ignores it and uses 16.
+U1  The batch size: here 32, as in the authors' configuration. Their script ignores it and uses 16.
 
 Usage    python adversarial_vc.py                    toy corpus, two minutes on two CPU cores
          python adversarial_vc.py --data DIR         any folder of audio, full size, for a GPU
@@ -146,8 +146,8 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if min(self.crop // self.hop, self.n_fft // 2 + 1) < 33:
@@ -516,7 +516,7 @@ def full_float32(device):
 def gradient_penalty(critic, real, fake):
     """GP: the mean of (1 - |grad D(u)|)^2, where u is a random point between a real and a fake
     segment (B, T, F). Compute it and its backward pass in `full_float32`."""
-    mix = torch.rand(len(real), 1, 1, device=real.device)
+    mix = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device, dtype=real.dtype)
     u = fake.lerp(real, mix).requires_grad_()  # (B, T, F)
     value, _ = critic(u)
     (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=True)
@@ -612,8 +612,8 @@ def sample(model, corpus, cfg, out):
         target = (corpus.speaker[u] + 1) % model.n_speakers
         for stage in (1, 2):
             (made,) = convert(model, [wave], [target], cfg, stage)
-            name = f"{corpus.paths[u].stem[:60]}_stage_{stage}.wav"
-            write_audio(out / name, made, cfg.sample_rate)
+            stem = out / corpus.paths[u].stem[:60]
+            write_audio(f"{stem}_stage_{stage}.wav", made, cfg.sample_rate)
 
     x, speaker = segments(model, corpus, cfg, 0, 0, corpus.held[:32])
     loss = F.l1_loss(model.decode(model.encoder(x), speaker, x.shape[1], stage=1), x)
@@ -1315,7 +1315,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

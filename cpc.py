@@ -36,11 +36,11 @@ Differs from the paper
 D1  After each convolution, every frame is normalized over its channels. The paper states no
     normalization for audio (--norm none). Batch normalization would let a frame see its future.
 D2  The score is scaled by 1 / sqrt(512). --score-scale 1 is the score of the paper.
-D3  The units are clusters of c in units / 2 batches of crops. Polyak et al. cluster an inner layer
-    of a larger CPC, which was trained on 6,000 hours, and fit k-means on 100 hours.
+D3  The units are clusters of c, from a batch for every two units. Polyak et al. cluster an inner
+    layer of a larger CPC, which was trained on 6,000 hours, and fit k-means on 100 hours.
 D4  F0 comes from YIN, at the rate of c, in uniform bins, with a token for unvoiced frames. Polyak
     et al. use YAAPT and a VQ-VAE of 20 codes at 12.5 Hz. In their code, not in their text, an
-    unvoiced frame has the mean F0, so flat F0 has no voicing; `sample` writes it with and without.
+    unvoiced frame has the mean F0, so flat F0 has no voicing; `sample` writes both kinds.
 D5  The decoder predicts a log-mel spectrogram, and Griffin-Lim finds the phases. Polyak et al.
     train a HiFi-GAN. In their code, not in their text, the learning rate decays and a batch has
     16 crops of 0.56 s; here the rate is constant and the crops are those of CPC.
@@ -122,7 +122,7 @@ class Config:
     save_every: int = 5000  # steps between checkpoints
 
     cpc_share: float = (
-        0.43  # of the steps are for CPC, 300,000 as in the paper; the decoder has the rest
+        0.43  # of the steps are for CPC, about 300,000 as in the paper; the decoder has the rest
     )
     channels: int = 512  # C, of the encoder: size of z
     d_context: int = 256  # D, of the GRU: size of c
@@ -144,8 +144,8 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.hop not in HOPS:
@@ -414,7 +414,7 @@ def spread_centroids(x, n_clusters):
     centroids = x[torch.randint(len(x), (1,), device=x.device)]
     distance = assign(x, centroids)[1]
     for _ in range(n_clusters - 1):
-        weight = distance + 1e-20  # all distances may be 0
+        weight = distance.nan_to_num() + 1e-20  # all distances may be 0
         drawn = x[weight.multinomial(2 + int(math.log(n_clusters)), replacement=True)]
         left = torch.minimum(distance, torch.cdist(drawn, x).square())  # (draws, n)
         best = left.sum(1).argmin()
@@ -1262,7 +1262,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """DIM: Deep InfoMax. Learns an utterance vector of speech with critics in place of a decoder.
 
-Paper    Hjelm, Fedorov, Lavoie-Marchildon, Grewal, Bachman, Trischler, Bengio. Learning Deep
-         Representations by Mutual Information Estimation and Maximization. ICLR 2019,
-         arXiv:1808.06670. --pair cross is after Ravanelli, Bengio. Learning Speaker
-         Representations with Mutual Information. Interspeech 2019, arXiv:1812.00271 (D6).
+Paper    Hjelm et al. Learning Deep Representations by Mutual Information Estimation and
+         Maximization. ICLR 2019, arXiv:1808.06670, read as submitted to ICLR, without appendix.
+         --pair cross is after Ravanelli, Bengio. Learning Speaker Representations with Mutual
+         Information. Interspeech 2019, arXiv:1812.00271, known from abstract and notes (D6).
 
 Idea     A representation is good if it tells which input it came from. The encoder turns a crop of
          speech into a map of local cells, and the map into one global vector y. A critic gets y
@@ -13,7 +13,7 @@ Idea     A representation is good if it tells which input it came from. The enco
          information of the two. What the critic sees decides what y keeps. DIM(G) shows it the
          whole map, DIM(L) one cell at a time, which favors what all cells share: the speaker and
          the channel rather than the phones. Another critic, the only adversarial part, pushes the
-         distribution of sigmoid(y) to a uniform prior. CPC asks for the frame k steps later.
+         distribution of sigmoid(y) to a uniform prior. (CPC instead predicts the frame k later.)
 
 Model    wave (B, N) -> log-mel spectrogram, each band standardized           x  (B, T, F)
          3 convolutions over time: the local map, T' = T/4                    c  (B, T', W)
@@ -44,7 +44,7 @@ D2  The score of the dot critic is divided by sqrt(U). In the authors' code it i
     default the branch of y has no layer norm.
 D3  y is pooled over time, so that an utterance may have any length. The paper flattens the map.
 D4  For DIM(G) the critic gets the map pooled over time. The paper's gets the flattened map.
-D5  In dv and nce a mask leaves out the cells with i = j. The authors' code sets them to about -10.
+D5  In dv and nce a mask leaves out the cells with i = j. The authors' code uses a constant of 10.
 D6  --pair cross is not DIM: y and the cells are of two crops of one utterance. Ravanelli and Bengio
     pair two local vectors, and minimize the binary cross-entropy, which is jsd up to constants.
 D7  The encoder's prior loss and the gradient penalty are those of the authors' code. In Eq. (7)
@@ -58,7 +58,8 @@ U2  Whether two utterances of one speaker are negatives of each other: here they
 Usage    python dim.py                               toy corpus, under a minute on two CPU cores
          python dim.py --data DIR --test DIR2        any folder of audio, full size, for a GPU
          python dim.py convert --checkpoint RUN --source a.wav --output b.wav
-         `convert` decodes y, so that one hears what y keeps. A decoder_loss of 1 keeps nothing."""
+         `convert` decodes y: one hears what y keeps. At a decoder_loss of 1 it keeps nothing.
+"""
 
 import argparse
 import contextlib
@@ -141,8 +142,8 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if self.batch_size < 2 or self.crop < 8 * self.hop or not self.alpha + self.beta:
@@ -1234,7 +1235,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

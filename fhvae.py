@@ -53,12 +53,12 @@ D6  The waveform comes from 60 iterations of Griffin-Lim with momentum. The 2017
 Not specified in the paper
 U1  How the LSTMs are initialized: here Xavier weights, biases 0, and 1 for the forget gates.
 U2  What mu1 is: here the formula of mu2 applied to z1, as in the 2017 program.
+U3  Whether the discriminative term takes z2 or its mean: here the mean m2, as in both programs.
 
 Usage    python fhvae.py                             toy corpus, two and a half minutes on two cores
          python fhvae.py --data DIR --test DIR2      any folder of audio, full size, for a GPU
          python fhvae.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
-         Everything runs in float32, so --bf16 has no effect (`train_step` says why). The log shows
-         the terms of the loss in nats. --alpha 0 trains without the discriminative term.
+         All runs in float32 (`train_step` says why). --alpha 0 omits the discriminative term.
 """
 
 import argparse
@@ -135,8 +135,8 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
         if segment_frames(self) < 1:
@@ -354,7 +354,7 @@ def objective(model, x, y, n_segments, table):
     kl_z1 = kl_to_normal(m1, l1, 0, 1).sum(1)
     kl_z2 = kl_to_normal(m2, l2, mu2, VARIANCE).sum(1)
     log_pmu2 = log_normal(mu2, 0, torch.zeros_like(mu2)).sum(1)
-    log_qy = log_posterior(m2, table).gather(1, y[:, None])[:, 0]  # of the mean m2, not of z2
+    log_qy = log_posterior(m2, table).gather(1, y[:, None])[:, 0]  # U3: of the mean m2, not of z2
     return {
         "bound": log_px - kl_z1 - kl_z2 + log_pmu2 / n_segments,
         "log_px": log_px,
@@ -1240,7 +1240,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

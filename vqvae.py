@@ -36,28 +36,28 @@ Differs from the paper
 D1  Encoder, size of the codes, jitter and WaveNet are those of 1901.08810: MFCC in, 50 codes a
     second. 1711.00937 encodes the wave by 6 strided convolutions, a code for every 64 samples.
 D2  K = 512, as in the VCTK model of 1711.00937. 1901.08810 varies it.
-D3  The encoder's convolutions and its output are batch-normalized, on each GPU by itself.
+D3  Batch normalization follows each convolution of the encoder and precedes its projection.
 D4  The codes start as latents of the data. A code that is hardly used moves to a random latent.
 D5  Counts are Laplace-smoothed in m_i / N_i, so that nothing is divided by 0.
 D6  The codes are moving averages, which 1711.00937 proposes but did not use in its experiments.
     --codebook gradient trains them by the second term of L.
 D7  The WaveNet's table of sample embeddings starts as sines and cosines of the level, not at
     random: neighboring levels start alike, and the decoder need not learn their order.
-D8  The one-hot vector of the S speakers is multiplied by sqrt(S), which makes its mean square 1, as
+D8  The speaker's one-hot vector is multiplied by sqrt(n_speakers): its mean square is then 1, as
     that of the embeddings. Otherwise a short training hardly uses the speaker.
 D9  The weights are not Polyak-averaged: one set of them is trained, evaluated and saved.
 Not specified in the paper
-U1  The MFCC: here Slaney mel scale, magnitudes, no pre-emphasis, differences over 5 frames.
+U1  The MFCC: here Slaney scale, magnitudes, no pre-emphasis, 5-frame differences, standardized.
 U2  The edges of a crop: here zeros, silence before the first sample, repeated frames in the MFCC.
 U3  The kernel of the WaveNet's convolutions: here 2.
 U4  Scaling in the WaveNet: here residual sums by sqrt(1/2), the sum of the skips by sqrt(1/L).
-U5  One-hot and binary bottleneck here: hard values also in training, a loss that keeps codes in
-    use, and for one-hot the temperature of 1611.01144, Sec. 4.3, lowered at every step.
-U6  The total number of steps, to which the halvings of the learning rate belong: here a million.
+U5  One-hot and binary codes in this autoencoder: here straight-through (1611.01144, Sec. 2.2), with
+    the temperature of its Sec. 4.3, lowered at every step, and a loss that keeps codes in use.
+U6  The number of steps: here a million, with the rate halved after 0.4, 0.6 and 0.8 of them.
 U7  How codes are upsampled to samples: here each is repeated.
 
 Usage    python vqvae.py                toy corpus, three minutes on two CPU cores
-         python vqvae.py --data DIR     full size, for a GPU: 24 GB take --batch-size 48 (estimated)
+         python vqvae.py --data DIR     full size; a GPU of 24 GB takes --batch-size 48 (estimate)
          python vqvae.py convert --checkpoint RUN --source a.wav --target SPEAKER --output c.wav
 """
 
@@ -134,10 +134,10 @@ class Config:
     jitter: float = 0.12  # chance that a code is replaced by a neighbor, 1901.08810
     channels: int = 768  # of the encoder, 1901.08810
     d_condition: int = 128  # channels of the convolution over the codes, 1901.08810
-    residual: int = 368  # R, even: residual and gated channels of the WaveNet, 1901.08810
-    skip: int = 256  # S, channels of skips and output layers, 1901.08810
-    cycles: int = 2  # of dilations, 1901.08810
-    depth: int = 10  # layers in a cycle, with dilations 1, 2, 4 .. 512, 1901.08810
+    residual: int = 368  # R, even: residual and gated channels; ae-wavenet has 368 and 256
+    skip: int = 256  # S, channels of skips and output layers, as in ae-wavenet
+    cycles: int = 2  # of dilations, as in ae-wavenet
+    depth: int = 10  # layers in a cycle, with dilations 1, 2, 4 .. 512, as in ae-wavenet
     temperature: float = 1.0  # of sampling
 
     def __post_init__(self):
@@ -146,12 +146,12 @@ class Config:
             above_zero = isinstance(value, str | bool) or 0 < value < math.inf
             if not (above_zero or (value == 0 and may_be_zero)):
                 raise UserError(f"--{name} {value}: must be a number above 0")
-        if not self.hop <= self.win <= self.n_fft:
-            raise UserError("--hop, --win, --n-fft: need hop <= win <= n_fft")
+        if not self.hop < self.win <= self.n_fft:
+            raise UserError("--hop, --win, --n-fft: need hop < win <= n_fft")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is no CUDA device; leave the flag out")
-        if self.crop % (2 * self.hop):
-            raise UserError(f"--crop {self.crop}: must be a multiple of {2 * self.hop}")
+        if self.crop % (2 * self.hop) or self.residual % 2:
+            raise UserError("--crop must be a multiple of twice --hop, and --residual even")
 
 
 # The same model, narrower, for two CPU cores and three minutes. At 5 kHz a period of the voice has
@@ -195,6 +195,8 @@ def convolution(channels_in, channels, kernel, stride=1):
 
 
 class Residual(nn.Sequential):
+    """h -> h + layers(h)."""
+
     def forward(self, h):
         return h + super().forward(h)
 
@@ -272,7 +274,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z, ids):
-        """Moves N, M and, with "ema", e towards the latents z (n, D) that chose the codes ids (n,),
+        """Moves N, M and, with "ema", e toward the latents z (n, D) that chose the codes ids (n,),
         then replaces dead codes. No shape depends on a value, so a GPU need not wait."""
         K = len(self.e)
         chosen = F.one_hot(ids, K).to(z.dtype)  # (n, K)
@@ -408,8 +410,8 @@ class Decoder(nn.Module):
         self.output = nn.Sequential(nn.ReLU(), nn.Linear(S, S), nn.ReLU(), nn.Linear(S, 256))
 
     def condition(self, c):
-        """c (B, T', C) -> v (B, T', L, 2R), what each layer adds before its gate. To project first
-        and to repeat the codes then (U7) gives the same numbers at a fraction of the cost."""
+        """c (B, T', C) -> v (B, T', L, 2R), what each layer adds before its gate. Projecting
+        first and repeating the codes afterwards (U7) gives the same numbers at less cost."""
         return self.project(c).unflatten(-1, (len(self.dilations), -1))
 
     def layer(self, i, past, h, v):
@@ -430,7 +432,8 @@ class Decoder(nn.Module):
         h = self.embed(previous).unflatten(1, repeats)  # (B, T', N / T', R)
         skips = 0
         for i, dilation in enumerate(self.dilations):
-            past = F.pad(h.flatten(1, 2), (0, 0, dilation, -dilation))  # zeros before the start
+            # h_(t-d), with zeros before the start
+            past = F.pad(h.flatten(1, 2), (0, 0, dilation, 0))[:, :-dilation]
             skip, h = self.layer(i, past.unflatten(1, repeats), h, v[:, :, :, i])
             skips = skips + skip.to(h.dtype)  # float32, also under autocast
         return self.head(skips).flatten(1, 2)
@@ -569,6 +572,7 @@ def represent(model, wave, cfg):
     return representations
 
 
+@torch.no_grad()
 def generate(net, c, samples_per_code, steps, temperature):
     """Draws from a WaveNet sample by sample: c (B, T', C) -> levels (B, steps). A layer needs its
     own input of d samples ago, so each keeps its last d inputs in a ring, and a new sample costs
@@ -607,7 +611,7 @@ def generate(net, c, samples_per_code, steps, temperature):
 
 def repeat(action, times, device):
     """Calls action() so many times. On a GPU it is recorded as a CUDA graph and replayed, because
-    to launch the kernels of one sample takes longer than to run them. So what changes from one
+    launching the kernels of one sample takes longer than running them. So what changes from one
     call to the next must be in tensors that are changed in place, including the time."""
     if device.type != "cuda":
         for _ in range(times):
@@ -649,15 +653,15 @@ def convert(model, sources, targets, cfg):
 
 
 def likeliest_speaker(model, wave, cfg):
-    """wave (N,) -> (1,): the training speaker with the least nats on a crop from its middle. All of
+    """wave (N,) -> (1,): the training speaker with the least nats on a crop from the middle. All of
     them are one batch; with thousands, a smaller --crop saves memory."""
     first = max(0, len(wave) - cfg.crop) // 2
     crop = wave[first : first + cfg.crop]
     crop = F.pad(crop, (0, -len(crop) % model.samples_per_code))[None]
     _, z_q, _, _ = model.encode(crop)
-    S = model.n_speakers
-    speakers = torch.arange(S, device=wave.device)
-    return model(z_q.expand(S, -1, -1), speakers, crop.expand(S, -1)).argmin()[None]
+    speakers = torch.arange(model.n_speakers, device=wave.device)
+    z_q = z_q.expand(model.n_speakers, -1, -1)
+    return model(z_q, speakers, crop.expand(model.n_speakers, -1)).argmin()[None]
 
 
 @torch.no_grad()
@@ -1375,7 +1379,7 @@ def convert_file(flags, given):
         raise UserError(f"{flags.output}: must end in .wav or .flac")
     model, cfg, checkpoint = load(flags.checkpoint, **given)
     speakers = checkpoint["speakers"] if TARGET else ["nobody: it does not convert voices"]
-    target = flags.target
+    target = flags.target or None
     if target and TARGET == "recording":
         target = read_source(target, cfg)[0]
     elif target in speakers:

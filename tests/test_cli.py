@@ -590,8 +590,9 @@ BAD = {
     "steps abc": (TRAIN + "--steps abc", 2, "abc"),
     "lr nan": (TRAIN + "--lr nan", 1, "--lr nan: must be"),
     "lr negative": (TRAIN + "--lr -1", 1, "--lr -1.0: must be"),
-    "hop above win": (TRAIN + "--hop 5000", 1, "need hop <= win <= n_fft"),
-    "win above n-fft": (TRAIN + "--win 9000", 1, "need hop <= win <= n_fft"),
+    "hop above win": (TRAIN + "--hop 5000", 1, "need hop < win <= n_fft"),
+    "hop equal to win": (TRAIN + "--hop 100 --win 100", 1, "need hop < win <= n_fft"),
+    "win above n-fft": (TRAIN + "--win 9000", 1, "need hop < win <= n_fft"),
     "unknown flag": (TRAIN + "--bogus 1", 2, "--bogus"),
     "abbreviated flag": (TRAIN + "--step 1", 2, "--step"),
     "unknown choice": (TRAIN + "--device tpu", 2, "tpu"),
@@ -877,9 +878,15 @@ def test_two_processes_average_their_gradients(script, m, data, tmp_path, monkey
     (tmp_path / "ranks.py").write_text(ranks)
     argv = small(script, "--data", data, "--out", "run", "--steps", 2, "--lr", 0.1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), "ranks.py", *argv]
     options = {"env": ENV, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run(command, cwd=tmp_path, **options)
+    # On a loaded machine a thread of gloo now and then aborts a rank that has finished and is about
+    # to exit. Only that is tried again.
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        port = ["--master_port", str(free_port())]
+        done = subprocess.run([*command, *port, "ranks.py", *argv], cwd=tmp_path, **options)
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 2/2") == 1  # rank 0 alone speaks
     assert (tmp_path / "run" / "run.json").exists()
