@@ -55,7 +55,7 @@ U1  How the LSTMs are initialized: here Xavier weights, biases 0, and 1 for the 
 U2  What mu1 is: here the formula of mu2 applied to z1, as in the 2017 program.
 U3  Whether the discriminative term takes z2 or its mean: here the mean m2, as in both programs.
 
-Usage    python fhvae.py                             toy corpus, two and a half minutes on two cores
+Usage    python fhvae.py                             toy corpus, two minutes on two CPU cores
          python fhvae.py --data DIR --test DIR2      any folder of audio, full size, for a GPU
          python fhvae.py convert --checkpoint RUN --source a.wav --target b.wav --output c.wav
          All runs in float32 (`train_step` says why). --alpha 0 omits the discriminative term.
