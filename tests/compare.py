@@ -65,6 +65,7 @@ class Setting:
     unseen: np.ndarray  # of corpus.test, for speaker verification
     closed: speech.Listening  # in the corpus; targets are training speakers
     open: speech.Listening  # in corpus.test; sources and targets are recordings of it
+    seconds: float = math.inf  # of each utterance that probes see
     chance: dict = None
     log_mel: dict = None
 
@@ -261,7 +262,7 @@ def draw_setting(run, args, screen):
         opened = speech.draw_listening(test, args)
     if test is corpus:
         screen.note(f"{corpus.root}: no --test, so the EER is of its own held-out utterances")
-    setting = Setting(fit, held, unseen, closed, opened)
+    setting = Setting(fit, held, unseen, closed, opened, args.seconds)
     read_data_labels(run, setting, args, screen)
     read_test_labels(run, setting, args, screen)
     return setting
@@ -313,17 +314,22 @@ def setting_key(run):
 # ---------- what representations know ----------
 
 
-def collect(run, encode, corpus, utterances, labels, limit, screen):
+def collect(run, encode, corpus, utterances, labels, limit, seconds, screen):
     """Represents every utterance once -> {representation: Features}.
 
-    An utterance is reduced at once, to its average and to evenly spaced frames, of which there are
-    at most `limit` over all utterances. So memory does not grow with the length of the recordings.
+    Of each utterance the loudest `seconds` are represented. They are reduced at once, to their
+    average and to evenly spaced frames, of which there are at most `limit` over all utterances. So
+    memory does not grow with the length of the recordings.
     """
     frames_each = max(1, limit // max(1, sum(u in labels for u in utterances)))
     collected = collections.defaultdict(lambda: Features([], [], []))
     for done, u in enumerate(utterances):
         screen.progress(done, len(utterances))
-        for name, x in encode(corpus.wave(u).to(run.cfg.device)).items():
+        wave = corpus.wave(u)
+        start, end = 0, len(wave)
+        if seconds < math.inf:
+            start, end = measure.loudest_window(wave, run.cfg.sample_rate, seconds)
+        for name, x in encode(wave[start:end].to(run.cfg.device)).items():
             x = x.cpu()
             if not x.isfinite().all():
                 raise UserError(
@@ -335,10 +341,12 @@ def collect(run, encode, corpus, utterances, labels, limit, screen):
                 features.kind = "units"
             features.average.append(average_over_time(x, features.kind))
             if features.kind != "vector" and u in labels:
-                seconds = corpus.length[u] / run.cfg.sample_rate
+                begin = start / run.cfg.sample_rate
+                length = (end - start) / run.cfg.sample_rate
+                phones = measure.labels_of_frames(labels[u], len(x), length, begin)
                 at = measure.evenly_spaced(len(x), frames_each)
                 features.frames.append(x[at])
-                features.phones.append(measure.labels_of_frames(labels[u], len(x), seconds)[at])
+                features.phones.append(phones[at])
     return collected
 
 
@@ -364,6 +372,16 @@ def join(parts):
                 part.frames = F.one_hot(part.frames.long(), width).float()
 
 
+def majority_map(fit, score):
+    """Accuracy of the majority map from units to phones, and of one from shuffled units."""
+    order = torch.Generator().manual_seed(0)
+    shuffled = [(x[torch.randperm(len(x), generator=order)], y) for x, y in (fit, score)]
+    return {
+        "majority": measure.majority_map_accuracy(fit, score),
+        "majority_shuffled": measure.majority_map_accuracy(*shuffled),
+    }
+
+
 def measure_row(run, setting, parts):
     """Features of three sets of utterances -> ROW."""
     fit, held, unseen = parts
@@ -371,11 +389,13 @@ def measure_row(run, setting, parts):
     held_speaker = torch.from_numpy(run.corpus.speaker[setting.held])
     unseen_speaker = torch.from_numpy(run.corpus.test.speaker[setting.unseen])
     projected = unseen.average.double() @ measure.lda(fit.average, fit_speaker)
-    phone = None
+    row = {"phone": None}
     if len(fit.frames) and len(held.frames):
-        phone = measure.probe_accuracy((fit.frames, fit.phones), (held.frames, held.phones))
-    return {
-        "phone": phone,
+        frames = (fit.frames, fit.phones), (held.frames, held.phones)
+        row["phone"] = measure.probe_accuracy(*frames)
+        if held.kind == "units":
+            row |= majority_map(*frames)
+    return row | {
         "speaker": measure.probe_accuracy((fit.average, fit_speaker), (held.average, held_speaker)),
         "eer": measure.equal_error_rate(unseen.average, unseen_speaker),
         "eer_lda": measure.equal_error_rate(projected, unseen_speaker),
@@ -387,12 +407,15 @@ def measure_representations(run, setting, encode, screen):
     """-> {representation: ROW}, and {representation: Features to fit, held-out, unseen}."""
     corpus, test = run.corpus, run.corpus.test
     labels = setting.closed.labels
+    seconds = setting.seconds
     collected = [
-        collect(run, encode, corpus, setting.fit, labels, measure.FRAMES_TO_FIT, screen),
-        collect(run, encode, corpus, setting.held, labels, measure.FRAMES_TO_SCORE, screen),
+        collect(run, encode, corpus, setting.fit, labels, measure.FRAMES_TO_FIT, seconds, screen),
+        collect(
+            run, encode, corpus, setting.held, labels, measure.FRAMES_TO_SCORE, seconds, screen
+        ),
     ]
     if test is not corpus:
-        collected.append(collect(run, encode, test, setting.unseen, {}, 0, screen))
+        collected.append(collect(run, encode, test, setting.unseen, {}, 0, seconds, screen))
 
     rows = {}
     table = {}
@@ -724,26 +747,38 @@ def measure_all(runs, settings, args, screen):
         if usage:
             material["usage"][run.name] = usage
     result["seeds"] = seeds_of(result)
-    result["compared"] = {
+    result["compared"] = facts(runs, args)
+    return result, material
+
+
+def facts(runs, args):
+    """What all figures depend on, beside the runs."""
+    return {
         "data": only_or_all(str(run.corpus.root) for run in runs),
         "test": only_or_all(str(run.corpus.test.root) for run in runs),
         "seed": args.seed,
         "pairs": args.pairs,
+        "probe": args.probe,
+        "seconds": args.seconds if args.seconds < math.inf else None,
+        "target_seconds": args.target_seconds,
         "date": time.strftime("%Y-%m-%d"),
     }
-    return result, material
+
+
+def open_runs(args, scripts, screen):
+    """-> the runs, and {name of a run: its Setting}; everything is read that can be wrong."""
+    folders = args.runs or newest_runs()
+    names = unique_names(folders)
+    corpora = {}
+    runs = [open_run(*run, scripts, args, corpora) for run in zip(folders, names)]
+    return runs, settings_of(runs, args, screen)
 
 
 @torch.no_grad()
 def compare(args, scripts):
     """Opens the runs, reads all labels, measures; writes result.json, audio and the page."""
     screen = Screen()
-    folders = args.runs or newest_runs()
-    names = unique_names(folders)
-    corpora = {}
-    runs = [open_run(*run, scripts, args, corpora) for run in zip(folders, names)]
-    settings = settings_of(runs, args, screen)
-
+    runs, settings = open_runs(args, scripts, screen)
     with reserved(args.out) as out:
         result, material = measure_all(runs, settings, args, screen)
         print_tables(result)
@@ -756,6 +791,13 @@ def compare(args, scripts):
 def positive(text):
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def seconds(text):
+    number = float(text)
+    if not number >= 0.1:
         raise ValueError
     return number
 
@@ -778,6 +820,12 @@ def parse(argv):
     parser.add_argument("--include", help="regex of the paths to keep [that of the run]")
     parser.add_argument("--pairs", type=positive, default=100, help="to convert [100]")
     parser.add_argument("--probe", type=positive, default=1500, help="utterances at most [1500]")
+    parser.add_argument(
+        "--seconds", type=seconds, default=math.inf, help="of an utterance that probes see [all]"
+    )
+    parser.add_argument(
+        "--target-seconds", type=seconds, default=3.0, help="of a recording as the target [3]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
     parser.add_argument("--out", help="new folder [the next free runs/compare-N]")
     return parser.parse_args(argv)

@@ -75,6 +75,20 @@ def chance_accuracy(y):
     return (y.bincount().max() / len(y)).item()
 
 
+def majority_map_accuracy(fit, score):
+    """Two pairs (one-hot units (n, K), y (n,)) -> how well units stand for classes.
+
+    Each unit is mapped to the class that is most frequent with it in `fit`, as in the VQ-VAE paper;
+    a unit that does not occur there, to the commonest class. Returns the share of `score` where
+    the map is right.
+    """
+    classes = 1 + int(max(fit[1].max(), score[1].max()))
+    is_class = F.one_hot(fit[1], classes).float()
+    counts = fit[0].T @ is_class  # (K, classes)
+    counts = counts + is_class.mean(0)  # decides only where a unit does not occur
+    return (counts.argmax(1)[score[0].argmax(1)] == score[1]).float().mean().item()
+
+
 # ---------- speaker verification ----------
 
 

@@ -15,6 +15,7 @@ import torch
 import measure
 from measure import UserError
 
+CLIP_SECONDS = 3.0  # of an utterance that is converted
 AT_ONCE = 50  # waves in one call of convert: an autoregressive decoder samples them together
 SPOKEN = "target source target_posterior source_posterior phones vde ffe variance".split()
 
@@ -30,7 +31,7 @@ class Pair:
 
 @dataclass(eq=False)
 class Clip:
-    """The loudest 3 s of an utterance, the second at which they begin, and what is known."""
+    """The loudest CLIP_SECONDS of an utterance, the second at which they begin, and what is known."""
 
     wave: torch.Tensor
     begin: float
@@ -48,6 +49,7 @@ class Listening:
     pairs: list
     labels: dict  # utterance -> labels, one per 10 ms
     classes: list  # names of the labels
+    target_seconds: float = CLIP_SECONDS  # of a recording that is a target
     judge: object = None  # frames -> log posterior of the voices
     voices: list = ()  # the speaker of each class of the judge
     speller: object = None  # frames -> log posterior of the labels; None without labels
@@ -118,7 +120,7 @@ def draw_listening(pool, args, known=None):
         pairs.append(Pair(rest[position], target, recording))
     if not pairs:  # a single speaker can still be reconstructed
         pairs = [Pair(u) for u in rest[: args.pairs]]
-    return Listening(pool, judged, pairs, {}, [])
+    return Listening(pool, judged, pairs, {}, [], args.target_seconds)
 
 
 def utterances_of(listening):
@@ -133,10 +135,10 @@ def mel_of(run, wave):
     return measure.audible(run.script.log_mel(wave[None].to(run.cfg.device), run.cfg)[0].cpu())
 
 
-def cut(run, listening, utterance):
+def cut(run, listening, utterance, seconds=CLIP_SECONDS):
     """An utterance -> the Clip that is converted and judged."""
     wave = listening.pool.wave(utterance).cpu()
-    start, end = measure.loudest_window(wave, run.cfg.sample_rate)
+    start, end = measure.loudest_window(wave, run.cfg.sample_rate, seconds)
     speaker = int(listening.pool.speaker[utterance])
     labels = listening.labels.get(utterance)
     return Clip(wave[start:end], start / run.cfg.sample_rate, speaker, labels)
@@ -248,7 +250,8 @@ def target_of(run, listening, pair):
     if run.script.TARGET == "speaker" and name in run.speakers:
         return run.speakers.index(name)
     if run.script.TARGET == "recording":
-        return cut(run, listening, pair.recording).wave.to(run.cfg.device)
+        recording = cut(run, listening, pair.recording, listening.target_seconds)
+        return recording.wave.to(run.cfg.device)
     return None
 
 

@@ -426,7 +426,9 @@ def test_features_stay_small():
         }
 
     def part(encode):
-        return compare.collect(run, encode, corpus, range(50), labels, 200, compare.Screen())
+        return compare.collect(
+            run, encode, corpus, range(50), labels, 200, math.inf, compare.Screen()
+        )
 
     first = part(encode)
     second = part(lambda wave: encode(wave) | {"ids": torch.full((500,), 4)})
