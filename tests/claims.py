@@ -624,9 +624,9 @@ def number_text(figure, numbers):
         return "\u2013"
     scale, digits = (100, 1) if is_percent(figure) else (1, 2)
     mean = f"{scale * sum(numbers) / len(numbers):.{digits}f}"
-    if len(numbers) == 1:
-        return mean
     low, high = (f"{scale * end(numbers):.{digits}f}" for end in (min, max))
+    if low == high:
+        return mean
     return f"{mean} ({low}\u2013{high})"
 
 

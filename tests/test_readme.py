@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The README's commands exist, its Python runs, and its table of files is true.
+"""The README's commands exist, its Python runs, and its figures are those of the kept runs.
 
-python tests/test_readme.py --write      renders the table of files anew
+python tests/test_readme.py --write      renders README.md and tests/results anew, see report.py
 """
 
-import hashlib
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -17,104 +15,46 @@ import pytest
 import soundfile as sf
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-README = ROOT / "README.md"
-RESULTS = ROOT / "tests" / "results"
-BANNER = "# ==================== shared: "
-BEGIN = "<!-- files: rendered by python tests/test_readme.py --write -->\n"
-END = "<!-- end of files -->\n"
-PAPERS = {
-    "1711.00937": "van den Oord 2017",
-    "1901.08810": "Chorowski 2019",
-    "1611.01144": "Jang 2017",
-    "1709.07902": "Hsu 2017",
-    "1804.03201": "Hsu & Glass 2018",
-    "1804.02812": "Chou 2018",
-    "1904.05742": "Chou 2019",
-    "1807.03748": "van den Oord 2018",
-    "2104.00355": "Polyak 2021",
-    "1808.06670": "Hjelm 2019",
-    "1812.00271": "Ravanelli & Bengio 2019",
-}
-FILES = {  # script: papers, the idea, the loss
-    "vqvae": (
-        "1711.00937 1901.08810 1611.01144",
-        "one of K codes per 20 ms, spoken by a WaveNet",
-        "NLL of samples + code and commitment terms",
-    ),
-    "fhvae": (
-        "1709.07902 1804.03201",
-        "two priors: one shared by a sequence, one by all segments",
-        "variational bound + log q(sequence given z2)",
-    ),
-    "adversarial_vc": (
-        "1804.02812",
-        "the encoder misleads a speaker classifier; then a GAN sharpens",
-        "L1 - w cross-entropy; then WGAN-GP + cross-entropy",
-    ),
-    "adain_vc": (
-        "1904.05742",
-        "instance normalization removes the speaker, AdaIN puts another in",
-        "L1 + KL",
-    ),
-    "cpc": (
-        "1807.03748 2104.00355",
-        "tell the future from other frames; decode clusters, F0, speaker",
-        "InfoNCE; then L1 of a decoder",
-    ),
-    "dim": (
-        "1808.06670 1812.00271",
-        "a critic tells whose embedding it is; no decoder in training",
-        "JSD, DV or InfoNCE bound",
-    ),
-}
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import claims  # noqa: E402
+import report  # noqa: E402
+from report import FILES, README, RESULTS  # noqa: E402
 
 
 def text(script):
     return (ROOT / f"{script}.py").read_text()
 
 
-def files():
-    """The table of the six files: papers, idea, loss, lines, parameters of the full size."""
-    rows = ["| file | papers | idea | loss | lines: method, all | parameters |"]
-    rows.append("|---|---|---|---|---|---|")
-    for script, (ids, idea, loss) in FILES.items():
-        m = importlib.import_module(script)
-        model = m.Model(m.Config(device="cpu"), 100)
-        million = sum(p.numel() for p in model.parameters()) / 1e6
-        papers = ", ".join(f"[{PAPERS[i]}](https://arxiv.org/abs/{i})" for i in ids.split())
-        method = text(script).split(BANNER)[0].count("\n")
-        lines = f"{method}, {text(script).count(chr(10))}"
-        link = f"[`{script}.py`]({script}.py)"
-        rows.append(f"| {link} | {papers} | {idea} | {loss} | {lines} | {million:.1f} M |")
-    return "\n".join(rows) + "\n"
+def test_pages_and_figures_are_of_the_kept_runs():
+    """Every figure in README.md and in tests/results is what report.py makes of tests/results."""
+    for path, expected in report.render().items():
+        assert path.read_text("utf-8") == expected, f"{path.name}: run tests/test_readme.py --write"
 
 
-def method_hash(script):
-    """What a run of the script as it now stands writes into run.json as method_sha256."""
-    source = text(script)
-    method = source[
-        source.index("@dataclass(frozen") : source.index("# ==================== shared")
-    ]
-    return hashlib.sha256(method.encode()).hexdigest()
+def test_kept_runs_are_of_the_present_methods():
+    for path in RESULTS.glob("*.json"):
+        entry = claims.read_entry(path)
+        assert entry["method_sha256"] == claims.method_hash(entry["script"]), path.name
+        assert "/" not in entry["data"]["folder"].removeprefix("runs/").removesuffix("/train")
 
 
-def test_the_table_of_files_is_true():
-    rendered = README.read_text().split(BEGIN)[1].split(END)[0]
-    assert rendered == files(), "run python tests/test_readme.py --write"
+def test_readme_is_short():
+    page = README.read_text()
+    assert page.count("\n") <= 160
+    assert len(re.findall(r"\S*\w\S*", page)) <= 1700
 
 
-def test_stale_results_are_marked():
-    """Where a kept run is not of the present method, the README and the page of results say so."""
-    runs = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    assert {run["script"] for run in runs} <= set(FILES)
-    if any(run.get("method_sha256") != method_hash(run["script"]) for run in runs):
-        assert re.search(r"^\*\*Stale:\*\*.*tests/results", README.read_text(), re.M)
-        assert "**Stale:**" in (RESULTS / "README.md").read_text()[:500]
+def test_tables_are_narrow():
+    """No cell holds figures parted by slashes, and no table of the README more than seven columns."""
+    for line in README.read_text().splitlines():
+        if line.startswith("|"):
+            assert line.count("|") <= 8, line
+            assert not re.search(r"\d/\d", line), line
 
 
 def test_first_screen_has_the_two_commands():
-    assert "pip install -r requirements.txt && python vqvae.py" in README.read_text()[:2500]
+    assert "pip install -r requirements.txt && python adain_vc.py" in README.read_text()[:2000]
     assert "pip install -r requirements.txt && python -m pytest" in README.read_text()
 
 
@@ -181,5 +121,6 @@ def test_the_diffs_exist_and_differ_in_the_method_alone():
 
 
 if __name__ == "__main__":
-    page = README.read_text()
-    README.write_text(page.split(BEGIN)[0] + BEGIN + files() + END + page.split(END)[1])
+    assert sys.argv[1:] == ["--write"], "usage: python tests/test_readme.py --write"
+    for path, content in report.render().items():
+        path.write_text(content, "utf-8")
