@@ -31,6 +31,7 @@ DATA = {  # name: what it is
     "emodb": "188 acted German sentences by 6 speakers, 9 minutes; hand-made phone labels",
 }
 DRAWN = ("toy", "words")
+DRAWN_CLAIMS = ("adversarial-weight", "cpc-negatives")
 
 PAPERS = {
     "1711.00937": "van den Oord 2017",
@@ -194,7 +195,9 @@ def claim_lines(runs):
 
 def is_told(claim, measured):
     """True if all arms were run, and at least one expectation could be judged."""
-    return all(measured.values()) and any(claims.judge(expect, measured) is not None for expect in claim.expects)
+    return all(measured.values()) and any(
+        claims.judge(expect, measured) is not None for expect in claim.expects
+    )
 
 
 # ---------- tests/results/README.md ----------
@@ -267,6 +270,8 @@ def claim_section(name, claim, runs):
     for arm in differ:
         parts.append(f"* {arm.name}: `{' '.join([arm.flags, arm.options]).strip()}`\n")
     parts.append("\n" * bool(differ))
+    if name in DRAWN_CLAIMS:
+        parts.append(f"![{claim.short}]({name}.svg)\n\n")
     for data in DATA:
         measured = arms_of(runs, claim, data)
         if not is_told(claim, measured):
@@ -307,6 +312,14 @@ def figure(runs, data):
     return page.figure({"runs": drawn})
 
 
+def claim_figure(runs, name, data):
+    """SVG text: the representations of all arms of a claim."""
+    drawn = {}
+    for arm, entries in arms_of(runs, claims.CLAIMS[name], data).items():
+        drawn |= {f"{arm}{' ' * number}": entry for number, entry in enumerate(entries)}
+    return page.figure({"runs": drawn})
+
+
 def fill(text, blocks):
     """A page with what stands between its markers rendered anew."""
     for name, content in blocks.items():
@@ -328,7 +341,9 @@ def render():
         },
     }
     pages = {path: fill(path.read_text("utf-8"), block) for path, block in blocks.items()}
-    return pages | {RESULTS / f"{data}.svg": figure(runs, data) for data in DRAWN}
+    drawings = {f"{data}.svg": figure(runs, data) for data in DRAWN}
+    drawings |= {f"{name}.svg": claim_figure(runs, name, "toy") for name in DRAWN_CLAIMS}
+    return pages | {RESULTS / name: drawing for name, drawing in drawings.items()}
 
 
 def parameters(script):

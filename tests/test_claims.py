@@ -41,8 +41,10 @@ LOWER = claims.Expect("z.speaker of a", "z.speaker of b")
         ([0.5, 0.6], [0.3, 0.4], -1),  # the other way round
         ([0.4, 0.6], [0.3, 0.55], 0),
         ([0.3, 0.5], [0.31, 0.5], -1),  # no difference
+        ([0.3, 0.304], [0.313, 0.316], 1),  # over a point, and the ranges do not overlap
+        ([0.3, 0.304], [0.308, 0.31], -1),  # under a point
         ([0.3], [0.5], 1),
-        ([0.3], [0.315], -1),
+        ([0.3], [0.315], -1),  # of one seed two points are needed
         ([], [0.5], None),
         ([None], [0.5], None),
     ],
