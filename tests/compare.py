@@ -66,6 +66,7 @@ class Setting:
     closed: speech.Listening  # in the corpus; targets are training speakers
     open: speech.Listening  # in corpus.test; sources and targets are recordings of it
     seconds: float = math.inf  # of each utterance that probes see
+    n_clusters: int | None = None  # of k-means of every representation; None: no k-means
     chance: dict = None
     log_mel: dict = None
 
@@ -262,7 +263,7 @@ def draw_setting(run, args, screen):
         opened = speech.draw_listening(test, args)
     if test is corpus:
         screen.note(f"{corpus.root}: no --test, so the EER is of its own held-out utterances")
-    setting = Setting(fit, held, unseen, closed, opened, args.seconds)
+    setting = Setting(fit, held, unseen, closed, opened, args.seconds, args.clusters)
     read_data_labels(run, setting, args, screen)
     read_test_labels(run, setting, args, screen)
     return setting
@@ -427,6 +428,37 @@ def measure_representations(run, setting, encode, screen):
         for part in parts:
             part.frames = []  # the largest part, and not needed any more
     return rows, table
+
+
+def standardized(x):
+    """(T', D) -> the same with a mean of 0 and a variance of 1 over time in every dimension."""
+    return (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-5)
+
+
+def cluster_encoder(run, setting, n_clusters):
+    """-> encode(wave) -> {name: units (T',)}: k-means of all that the run represents over time, and
+    of log-mel; plain, and standardized over the utterance, which removes what is constant in it."""
+    cpc = importlib.import_module("cpc")
+
+    def sequences(wave):
+        x = run.script.represent(run.model, wave, run.cfg)
+        x = {name: z.cpu() for name, z in x.items() if z.dim() == 2 and z.is_floating_point()}
+        x["log_mel"] = run.script.log_mel(wave[None], run.cfg)[0].cpu()
+        normalized = {f"{name}_normalized": standardized(z) for name, z in x.items()}
+        return x | normalized
+
+    samples = collections.defaultdict(list)
+    for u in setting.fit[measure.evenly_spaced(len(setting.fit), 300)]:
+        for name, x in sequences(run.corpus.wave(u).to(run.cfg.device)).items():
+            samples[name].append(x[measure.evenly_spaced(len(x), 100)])
+    torch.manual_seed(0)
+    centroids = {name: cpc.kmeans(torch.cat(x), n_clusters)[0] for name, x in samples.items()}
+
+    def encode(wave):
+        x = sequences(wave)
+        return {f"{name}_clusters": cpc.assign(x[name], centroids[name]) for name in x}
+
+    return encode
 
 
 def measure_reference(run, setting, screen):
@@ -618,7 +650,8 @@ def representation_lines(name, entry):
     """The lines of the table of representations for one run, or for the mean of several."""
     rows = {what: entry[what] for what in ("chance", "log_mel") if what in entry}
     for representation, row in entry["representations"].items():
-        rows[f"untrained {representation}"] = entry["untrained"][representation]
+        if representation in entry["untrained"]:
+            rows[f"untrained {representation}"] = entry["untrained"][representation]
         rows[representation] = row
     return [[name, what, *cells(row, ROW)] for what, row in rows.items()]
 
@@ -709,6 +742,10 @@ def measure_run(run, setting, screen):
     trained, table = measure_representations(
         run, setting, lambda wave: represent(run.model, wave, run.cfg), screen
     )
+    if setting.n_clusters:
+        screen.begin("clusters")
+        encode = cluster_encoder(run, setting, setting.n_clusters)
+        trained |= measure_representations(run, setting, encode, screen)[0]
     entry = {name: run.record.get(name) for name in RECORD}
     entry |= {"chance": setting.chance, "log_mel": setting.log_mel}
     entry |= {"untrained": untrained, "representations": trained}
@@ -761,6 +798,7 @@ def facts(runs, args):
         "probe": args.probe,
         "seconds": args.seconds if args.seconds < math.inf else None,
         "target_seconds": args.target_seconds,
+        "clusters": args.clusters,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -826,6 +864,7 @@ def parse(argv):
     parser.add_argument(
         "--target-seconds", type=seconds, default=3.0, help="of a recording as the target [3]"
     )
+    parser.add_argument("--clusters", type=positive, help="probe k-means of everything, too [no]")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn [0]")
     parser.add_argument("--out", help="new folder [the next free runs/compare-N]")
     return parser.parse_args(argv)

@@ -164,6 +164,32 @@ def test_probes_see_the_loudest_seconds_with_their_labels():
     assert torch.allclose(cut.phones[0].float(), torch.arange(205.0, 300, 10), atol=1)
 
 
+def test_clusters_with_and_without_what_is_constant_in_an_utterance():
+    """Of two speakers apart by an offset, plain clusters tell the speaker, normalized ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    waves = torch.randn(8, 600, generator=generator) + 20 * torch.arange(8)[:, None] % 40
+    script = SimpleNamespace(
+        represent=lambda model, wave, cfg: {"z": wave.reshape(-1, 2), "v": wave[:3]},
+        log_mel=lambda wave, cfg: wave.reshape(1, -1, 4),
+    )
+    cfg = SimpleNamespace(device="cpu")
+    corpus = SimpleNamespace(wave=lambda u: waves[u])
+    run = SimpleNamespace(script=script, model=None, cfg=cfg, corpus=corpus)
+    encode = compare.cluster_encoder(run, SimpleNamespace(fit=np.arange(8)), 2)
+    units = [encode(wave) for wave in waves]
+    names = {
+        "z_clusters",
+        "z_normalized_clusters",
+        "log_mel_clusters",
+        "log_mel_normalized_clusters",
+    }
+    assert set(units[0]) == names
+    shares = torch.stack([x["z_clusters"].float().mean() for x in units])
+    assert ((shares[::2] - shares[1::2]).abs() == 1).all()
+    shares = torch.stack([x["z_normalized_clusters"].float().mean() for x in units])
+    assert ((shares - 0.5).abs() < 0.1).all()
+
+
 def noise_corpus(folder, speakers, rate=8000):
     rng = np.random.default_rng(0)
     for speaker in speakers:
