@@ -456,7 +456,7 @@ def cluster_encoder(run, setting, n_clusters):
 
     def encode(wave):
         x = sequences(wave)
-        return {f"{name}_clusters": cpc.assign(x[name], centroids[name]) for name in x}
+        return {f"{name}_clusters": cpc.assign(x[name], centroids[name])[0] for name in x}
 
     return encode
 
