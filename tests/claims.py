@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import compare  # noqa: E402
 from measure import UserError  # noqa: E402
+import page  # noqa: E402
 from page import SCRIPTS  # noqa: E402
 
 MARGIN = 0.01  # a difference below this counts as none: a point, or 0.01 nats; twice, of one seed
@@ -88,10 +89,13 @@ CLAIMS = {
         paper="van den Oord 2017, 1711.00937 Sec. 4.3",
         statement="Codes learned without labels stand for phones: a map from each code to its most "
         "frequent phone is far better than the same map of shuffled codes.",
-        reported="49.3 % of frames with 128 codes, 7.2 % with random codes.",
+        reported="49.3 % with 128 codes at 25 Hz, 7.2 % with random codes.",
         arms=arms(("vq", "")),
         figures=("ids.majority", "ids.majority_shuffled", "ids.phone"),
-        expects=(Expect("ids.majority_shuffled of vq", "ids.majority of vq"),),
+        expects=(
+            Expect("ids.majority_shuffled of vq", "ids.majority of vq"),
+            Expect("untrained.ids.majority of vq", "ids.majority of vq"),
+        ),
     ),
     "vqvae-bottleneck-removes-speaker": Claim(
         short="quantization removes the speaker and keeps phones",
@@ -133,9 +137,10 @@ CLAIMS = {
         short="short stretches of few codes hide the speaker",
         script="vqvae",
         paper="Chorowski 2019, 1901.08810",
-        statement="Codes hide the speaker where a probe cannot pool them over a long recording, and "
-        "the more so the fewer there are a second.",
-        reported="By a summary of the paper: best at 25 or 50 codes a second; it pools nothing.",
+        statement="Where a probe cannot pool them over a long recording, codes hide more of the "
+        "speaker than k-means of the spectrum does, and the more so the fewer there are a second.",
+        reported="An experiment of our own. By a summary of the paper: best at 25 or 50 codes a "
+        "second.",
         arms=arms(
             ("whole utterance", "", "--clusters 64"),
             ("half a second", "", "--seconds 0.5 --clusters 64"),
@@ -149,7 +154,7 @@ CLAIMS = {
             "log_mel_clusters.phone",
         ),
         expects=(
-            Expect("codes.speaker of half a second", "codes.speaker of whole utterance"),
+            Expect("codes.speaker of half a second", "log_mel_clusters.speaker of half a second"),
             Expect(
                 "codes.speaker of 25 codes a second, half a second",
                 "codes.speaker of half a second",
@@ -160,9 +165,9 @@ CLAIMS = {
         short="mu2 tells the speaker, mu1 hides it",
         script="fhvae",
         paper="Hsu 2017, 1709.07902",
-        statement="mu2 tells the speaker and mu1 hides it, without speaker labels.",
-        reported="By the authors' slides, EER on TIMIT: mu2 2.38 %, mu1 above 20 %, i-vectors 9.52 "
-        "to 10.12 %.",
+        statement="mu2 tells the speaker and mu1 hides it, without speaker labels; phones are in z1.",
+        reported="By slides on the paper, EER on TIMIT without LDA: mu2 2.38 %, mu1 above 20 %, "
+        "i-vectors 9.52 to 10.12 %.",
         arms=arms(("alpha 10", "")),
         figures=("mu2.eer", "mu1.eer", "mu2.speaker", "mu1.speaker", "z1.phone", "z2.phone"),
         expects=(
@@ -176,9 +181,10 @@ CLAIMS = {
         short="a higher alpha lowers the EER of mu2",
         script="fhvae",
         paper="Hsu 2017, 1709.07902",
-        statement="The discriminative term sharpens mu2: its EER falls as alpha rises.",
-        reported="By the authors' slides, EER of mu2 on TIMIT for alpha 0, 0.1, 1, 10: 5.06, 4.91, "
-        "3.87, 2.38 %.",
+        statement="The discriminative term sharpens mu2: with alpha 10 its EER is lower than with 0. "
+        "It also takes the speaker out of mu1.",
+        reported="By slides on the paper, EER of mu2 on TIMIT without LDA, for alpha 0, 0.1, 1, 10: "
+        "5.06, 4.91, 3.87, 2.38 %.",
         arms=arms(
             ("alpha 0", "--alpha 0"),
             ("alpha 0.1", "--alpha 0.1"),
@@ -195,9 +201,10 @@ CLAIMS = {
         short="a small table of utterances does as well",
         script="fhvae",
         paper="Hsu & Glass 2018, 1804.03201",
-        statement="A table of a few utterances, redrawn again and again, does as well as one of all.",
-        reported="No figure was at hand.",
-        arms=arms(("256 of the utterances", ""), ("all at once", "--sequences 1296")),
+        statement="A table of a few utterances at a time, often redrawn, does as well as one of all "
+        "utterances.",
+        reported="No EER was at hand.",
+        arms=arms(("256 of the utterances", ""), ("all at once", "--sequences 2000")),
         figures=("mu2.eer", "mu1.eer", "z1.phone", "conversion.target"),
         expects=(
             Expect("mu2.eer of 256 of the utterances", "mu2.eer of all at once", slack=SLACK),
@@ -231,6 +238,31 @@ CLAIMS = {
             Expect("conversion.target of weight 0", "conversion.target of weight 0.1"),
         ),
     ),
+    "adversarial-without-norm": Claim(
+        short="without instance normalization the adversary removes the speaker",
+        script="adversarial_vc",
+        paper="Chou 2018, 1804.02812",
+        statement="Where the encoder has no instance normalization, the adversary alone takes the "
+        "speaker out of the latent, and leaves the phones.",
+        reported="An experiment of our own; the encoder in the authors' code has the norm.",
+        arms=arms(
+            ("weight 0", "--adversary 0 --instance-norm false"),
+            ("weight 0.1", "--adversary 0.1 --instance-norm false"),
+        ),
+        figures=(
+            "content.speaker",
+            "content.eer",
+            "content.phone",
+            "conversion.target",
+            "conversion.source",
+            "conversion.phones",
+        ),
+        expects=(
+            Expect("content.speaker of weight 0.1", "content.speaker of weight 0"),
+            Expect("content.phone of weight 0", "content.phone of weight 0.1", slack=SLACK),
+            Expect("conversion.target of weight 0", "conversion.target of weight 0.1"),
+        ),
+    ),
     "adversarial-stage-2": Claim(
         short="the GAN restores the variance of speech",
         script="adversarial_vc",
@@ -238,7 +270,7 @@ CLAIMS = {
         statement="The GAN of stage 2 brings the variance over time of conversions nearer to that of "
         "real speech.",
         reported="No figure was at hand.",
-        arms=arms(("both stages", ""), ("stage 1 alone", "--gan-share 0")),
+        arms=arms(("both stages", ""), ("stage 1 alone", "--gan-share 0 --steps 800")),
         figures=("conversion.variance", "conversion.target", "conversion.phones"),
         expects=(
             Expect("conversion.variance of both stages", "conversion.variance of stage 1 alone"),
@@ -265,7 +297,7 @@ CLAIMS = {
         paper="Chou 2019, 1904.05742",
         statement="One recording of an unseen speaker suffices as target, and the norm is what "
         "makes the conversion sound like it.",
-        reported="Listening tests only.",
+        reported="By a summary: variance, spectrograms and a listening test; no figure was at hand.",
         arms=arms(
             ("with", ""),
             ("without", "--instance-norm false"),
@@ -295,18 +327,22 @@ CLAIMS = {
         ),
     ),
     "cpc-learns-phones": Claim(
-        short="c tells phones and speakers better than spectra do",
+        short="c tells phones better than spectra do, and speakers",
         script="cpc",
         paper="van den Oord 2018, 1807.03748 Table 1",
-        statement="A linear probe reads phones and speakers from c better than from spectral "
-        "features, and far better than from an untrained network.",
-        reported="Phones: random 27.6, MFCC 39.7, CPC 64.6 %. Speakers: 1.87, 17.6, 97.4 %.",
-        arms=arms(("cpc", "")),
-        figures=("c.phone", "z.phone", "c.speaker", "z.speaker"),
+        statement="A linear probe reads phones from c better than from an untrained network and from "
+        "spectral features, and speakers better than from an untrained network.",
+        reported="Phones: random 27.6, MFCC 39.7, CPC 64.6 %. Speakers, of single frames: 1.87, 17.6, "
+        "97.4 %. The negatives are mixed.",
+        arms=arms(
+            ("mixed negatives", "--negatives batch"),
+            ("current sequence only", "--negatives sequence"),
+        ),
+        figures=("c.phone", "z.phone", "c.speaker", "z.speaker", "c.eer"),
         expects=(
-            Expect("untrained.c.phone of cpc", "c.phone of cpc"),
-            Expect("log_mel.phone of cpc", "c.phone of cpc"),
-            Expect("log_mel.speaker of cpc", "c.speaker of cpc"),
+            Expect("untrained.c.phone of mixed negatives", "c.phone of mixed negatives"),
+            Expect("log_mel.phone of mixed negatives", "c.phone of mixed negatives"),
+            Expect("untrained.c.speaker of mixed negatives", "c.speaker of mixed negatives"),
         ),
     ),
     "cpc-prediction-steps": Claim(
@@ -320,12 +356,12 @@ CLAIMS = {
         expects=(Expect("c.phone of 2 steps", "c.phone of 12 steps"),),
     ),
     "cpc-negatives": Claim(
-        short="negatives must include the current sequence",
+        short="negatives without the current sequence cost phones",
         script="cpc",
         paper="van den Oord 2018, 1807.03748 Table 2",
-        statement="Negatives must include frames of the current sequence: without them phones fall.",
-        reported="Phones: same speaker 65.5, current sequence only 65.2, mixed 64.6, mixed without "
-        "the current sequence 57.3 %.",
+        statement="With mixed negatives, leaving out the current sequence costs phones.",
+        reported="Phones: same speaker 65.5, current sequence only 65.2, mixed 64.6, same speaker "
+        "without the current sequence 64.6, mixed without it 57.3 %.",
         arms=arms(
             ("current sequence only", "--negatives sequence"),
             ("same speaker", "--negatives same-speaker"),
@@ -346,7 +382,7 @@ CLAIMS = {
         script="cpc",
         paper="Polyak 2021, 2104.00355",
         statement="Clusters of CPC features say what is said and hide who says it, so that a decoder "
-        "given another speaker converts the voice; more clusters keep more phones.",
+        "given another speaker converts the voice. More clusters keep more phones (our addition).",
         reported="Table 2, EER of conversions 4.83 % on VCTK (natural speech 3.25 %), PER 23.58 % "
         "(natural 17.16 %), with 100 units.",
         arms=arms(("25 units", "--units 25"), ("100 units", "--units 100")),
@@ -368,9 +404,9 @@ CLAIMS = {
         short="units of c normalized per utterance hide the speaker",
         script="cpc",
         paper="Polyak 2021, 2104.00355",
-        statement="What k-means keeps of the speaker stands in the mean and variance of c over an "
-        "utterance: clusters of c that is standardized over each utterance hide it, and keep phones.",
-        reported="Not in the paper, which clusters c as it is; an experiment of our own.",
+        statement="The speaker in k-means units comes from the mean and variance of c over an "
+        "utterance. Units of standardized c hide it and keep phones.",
+        reported="Not in the paper, which clusters an inner layer of a larger CPC.",
         arms=arms(
             ("25 clusters", "", "--clusters 25"),
             ("100 clusters", "", "--clusters 100"),
@@ -412,16 +448,17 @@ CLAIMS = {
         expects=(
             Expect("global.speaker of global", "global.speaker of local"),
             Expect("global.eer of local", "global.eer of global"),
+            Expect("local.speaker of global", "local.speaker of local"),
             Expect("local.phone of global", "local.phone of local"),
         ),
     ),
     "dim-bounds": Claim(
         short="InfoNCE and JSD beat DV",
         script="dim",
-        paper="Hjelm 2019, 1808.06670 Sec. 4.2",
+        paper="Hjelm 2019, 1808.06670 Tables 1 and 2",
         statement="InfoNCE and the Jensen-Shannon bound classify better than Donsker-Varadhan.",
-        reported="In the submission, InfoNCE is best in most cells of Tables 1 and 2; with few "
-        "negatives JSD wins; DV is last.",
+        reported="In the submission, InfoNCE (there NCE) is best in most cells of Tables 1 and 2; with "
+        "few negatives JSD wins; DV is last.",
         arms=arms(("jsd", ""), ("nce", "--objective nce"), ("dv", "--objective dv")),
         figures=("global.speaker", "global.eer", "local.speaker", "local.phone"),
         expects=(
@@ -433,7 +470,8 @@ CLAIMS = {
         short="pairs of two crops teach the speaker",
         script="dim",
         paper="Ravanelli & Bengio 2019, 1812.00271",
-        statement="Pairs from two chunks of an utterance teach the speaker, as what both share.",
+        statement="Pairs of chunks from one utterance make the encoder learn the speaker, which both "
+        "share.",
         reported="No figure was at hand.",
         arms=arms(("two crops", "--pair cross"), ("one crop", "")),
         figures=("global.speaker", "global.eer", "local.phone"),
@@ -479,12 +517,13 @@ def script_flags(args, script, arm, seed):
         shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
         words += [f"--{name.replace('_', '-')}", shown]
     slug = "-".join(word.lstrip("-") for word in words)
+    common = []
     if args.data:
-        words += ["--data", args.data]
-        words += ["--test", args.test] if args.test else []
-        words += ["--toy"] if args.toy else []
-        words += ["--steps", str(args.steps)] if args.steps else []
-    return (*words, "--seed", str(seed)), slug
+        common += ["--data", args.data]
+        common += ["--test", args.test] if args.test else []
+        common += ["--toy"] if args.toy else []
+    common += ["--steps", str(args.steps)] if args.steps else []
+    return (*common, *words, "--seed", str(seed)), slug
 
 
 def job_of(args, script, arm, seed):
@@ -493,21 +532,30 @@ def job_of(args, script, arm, seed):
     return Job(script, flags, Path("runs", "-".join(word for word in words if word)))
 
 
+def check_config(job, config):
+    """Raises UserError unless this is the configuration that the job asks for."""
+    module = importlib.import_module(job.script)
+    flags, given = module.parse(list(job.flags))
+    toy = module.TOY if flags.toy or not flags.data else {}
+    for name, wanted in vars(module.Config(**toy | given)).items():
+        if name not in page.NOT_CONFIGURATION and config[name] != wanted:
+            raise UserError(f"{job.folder}: trained with another --{name}; move it away")
+    if config["seed"] != given["seed"]:
+        raise UserError(f"{job.folder}: trained with another --seed; move it away")
+
+
 def is_trained(job):
-    """True if the run is there, complete; UserError if it is another run than the job asks for."""
+    """True if the run is complete, False if it is not or not begun; UserError if it is another."""
     file = job.folder / "run.json"
     if not file.exists():
+        if (job.folder / "model.pt").exists():
+            checkpoint = torch.load(job.folder / "model.pt", map_location="cpu", weights_only=True)
+            check_config(job, checkpoint["config"])
         return False
     run = json.loads(file.read_text("utf-8"))
-    module = importlib.import_module(job.script)
-    _, given = module.parse(list(job.flags))
-    differs = [name for name, value in given.items() if run["config"][name] != value]
-    if differs == ["steps"] and run["steps"] < given["steps"]:
-        return False
-    if differs:
-        raise UserError(f"{job.folder}: trained with another --{differs[0]}; move it away")
+    check_config(job, run["config"])
     if run["method_sha256"] != method_hash(job.script):
-        raise UserError(f"{job.folder}: trained with another text of the method; move it away")
+        raise UserError(f"{job.folder}: trained by another version of the method; move it away")
     return True
 
 
@@ -521,7 +569,7 @@ def method_hash(script):
 
 def train(job, threads):
     """Trains a run in a process of its own, or goes on with one that was stopped."""
-    command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.flags]
+    command = [sys.executable, os.path.relpath(ROOT / f"{job.script}.py"), *job.flags]
     command += ["--out", str(job.folder)]
     if job.folder.exists():
         command.append("--resume")
@@ -549,12 +597,12 @@ def result_file(results, job, options):
     return Path(results) / f"{job.folder.name}{'-' * bool(slug)}{slug}.json"
 
 
-def is_measured(file, job):
+def is_measured(file, folder):
     """True if the file holds the figures of the run as it now is."""
     if not file.exists():
         return False
-    run = json.loads((job.folder / "run.json").read_text("utf-8"))
-    kept = json.loads(file.read_text("utf-8"))["runs"][job.folder.name]
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    kept = read_entry(file)
     return all(kept[name] == run[name] for name in ("method_sha256", "steps", "seconds"))
 
 
@@ -562,7 +610,7 @@ def is_measured(file, job):
 def measure_missing(jobs, options, args):
     """Measures all runs whose figures are not there, and writes a file for each."""
     files = {job.folder: result_file(args.results, job, options) for job in jobs}
-    missing = [str(job.folder) for job in jobs if not is_measured(files[job.folder], job)]
+    missing = [str(folder) for folder, file in files.items() if not is_measured(file, folder)]
     if not missing:
         return
     scripts = {name: importlib.import_module(name) for name in SCRIPTS}
@@ -601,8 +649,8 @@ def values(entries, figure):
 def judge(expect, measured):
     """-> 1 if confirmed, -1 if refuted, 0 if it cannot be told, None if it was not measured.
 
-    measured: {arm: entries, one a seed}. Confirmed or refuted is what differs by the margin or more,
-    with ranges of the seeds that do not overlap. No difference refutes, too.
+    measured: {arm: entries, one a seed}. Refuted is what differs by less than the margin, or in the
+    other direction. Confirmed is what differs by more, with ranges of the seeds that do not overlap.
     """
     low_figure, low_arm = expect.low.split(" of ", 1)
     high_figure, high_arm = expect.high.split(" of ", 1)
@@ -612,26 +660,21 @@ def judge(expect, measured):
         return None
     difference = sum(high) / len(high) - sum(low) / len(low)
     if expect.slack:
-        if difference >= -expect.slack:
-            return 1
-        return -1 if min(low) > max(high) + expect.slack else 0
-
+        return 1 if difference >= -expect.slack else -1
     margin = MARGIN if min(len(low), len(high)) > 1 else 2 * MARGIN
-    is_reversed = min(low) > max(high)
     if difference < margin:
-        return -1 if difference > -margin or is_reversed else 0
+        return -1
     return 1 if max(low) < min(high) else 0
 
 
 def verdict(claim, measured):
-    """-> one of the four verdicts."""
+    """-> one of the four verdicts. What could not be measured, as without labels, is not confirmed."""
     judged = [judge(expect, measured) for expect in claim.expects]
-    told = [one for one in judged if one is not None]
-    if told and all(one == 1 for one in told):
+    if all(one == 1 for one in judged):
         return HOLDS
-    if 1 in told:
+    if 1 in judged:
         return IN_PART
-    return FAILS if -1 in told else OPEN
+    return FAILS if -1 in judged else OPEN
 
 
 def figure_title(figure):
@@ -674,7 +717,7 @@ def number_text(figure, numbers):
 
 def references(claim, entries):
     """-> {row: texts}: what the figures are untrained, of log-mel or a copy, and at chance."""
-    rows = {"untrained": [], "log-mel, or copy synthesis": [], "chance": []}
+    rows = {"untrained, as the first row": [], "log-mel, or copy synthesis": [], "chance": []}
     for figure in claim.figures:
         path, _, last = figure.rpartition(".")
         is_row = path in entries[0]["representations"]
@@ -690,7 +733,7 @@ def references(claim, entries):
 
 def table(claim, measured):
     """-> the header and the rows of the figures of a claim, as texts."""
-    header = ["percent", *map(figure_title, claim.figures)]
+    header = ["", *map(figure_title, claim.figures)]
     rows = []
     for arm in claim.arms:
         entries = measured[arm.name]
@@ -769,8 +812,8 @@ def parse(argv):
     unknown = [name for name in args.claims if name not in CLAIMS]
     if unknown:
         parser.error(f"{unknown[0]}: no such claim; choose from {', '.join(CLAIMS)}")
-    if args.full and not args.data:
-        parser.error("--full needs --data")
+    if (args.full or args.test) and not args.data:
+        parser.error("--full and --test need --data")
     return args
 
 

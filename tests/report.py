@@ -30,7 +30,7 @@ DATA = {  # name: what it is
     "digits": "strings of digits by 6 speakers, 19 minutes; other takes of the same 6; digit labels",
     "emodb": "188 acted German sentences by 6 speakers, 9 minutes; hand-made phone labels",
 }
-DRAWN = ("toy", "words")
+DRAWN = ("toy",)
 DRAWN_CLAIMS = ("adversarial-weight", "cpc-negatives")
 
 PAPERS = {
@@ -165,7 +165,7 @@ def toy_table(runs):
     first = {script: seeds_of(runs, script, "toy") for script in page.SCRIPTS}
     first = {script: entries for script, entries in first.items() if entries}
     reference = first["fhvae"]
-    for name, key in (("chance", "chance"), ("log-mel spectrum", "log_mel")):
+    for name, key in (("chance", "chance"), ("log-mel at 8 kHz", "log_mel")):
         rows.append(
             [name, *(mean(reference, f"{key}.{what}") for what in ("phone", "speaker", "eer"))]
         )
@@ -265,7 +265,6 @@ def claim_sections(runs):
 def claim_section(name, claim, runs):
     paper = re.sub(r"(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", claim.paper)
     parts = [f"### {name}\n\n{claim.statement}\n\n**Paper** ({paper}): {claim.reported}\n\n"]
-    parts.append(f"    python tests/claims.py {name} --seeds 10 11 12\n\n")
     differ = [arm for arm in claim.arms if arm.flags or arm.options]
     for arm in differ:
         parts.append(f"* {arm.name}: `{' '.join([arm.flags, arm.options]).strip()}`\n")
@@ -277,12 +276,29 @@ def claim_section(name, claim, runs):
         if not is_told(claim, measured):
             continue
         header, rows = claims.table(claim, measured)
-        seeds = max(map(len, measured.values()))
-        header[0] = f"{data}, {seeds} seed{'s' * (seeds > 1)}, per cent"
+        header[0] = f"{data}, {seed_count(measured)}"
+        parts.append(f"    python tests/claims.py {name}{claim_flags(data, measured)}\n\n")
         parts.append(markdown(header, rows) + "\n")
         why = claim.why.get(data, "")
         parts.append(f"On {data}: **{claims.verdict(claim, measured)}**. {why}".rstrip() + "\n\n")
     return "".join(parts)
+
+
+def seed_count(measured):
+    """How many seeds the arms have, in words."""
+    counts = sorted({len(entries) for entries in measured.values()})
+    return f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1] > 1)}"
+
+
+def claim_flags(data, measured):
+    """The flags of tests/claims.py with which the arms were run."""
+    entries = max(measured.values(), key=len)
+    config = entries[0]["config"]
+    flags = ""
+    if data != "toy":
+        flags = f" --data {config['data']}" + f" --test {config['test']}" * bool(config["test"])
+        flags += f" --steps {config['steps']}"
+    return f"{flags} --seeds {' '.join(str(entry['config']['seed']) for entry in entries)}"
 
 
 def run_list(runs):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import claims
 import compare
+import dim
 import measure
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ LOWER = claims.Expect("z.speaker of a", "z.speaker of b")
         ([0.3, 0.4], [0.41, 0.6], 1),  # the ranges do not overlap
         ([0.3, 0.5], [0.4, 0.6], 0),  # they do
         ([0.5, 0.6], [0.3, 0.4], -1),  # the other way round
-        ([0.4, 0.6], [0.3, 0.55], 0),
+        ([0.4, 0.6], [0.3, 0.55], -1),
         ([0.3, 0.5], [0.31, 0.5], -1),  # no difference
         ([0.3, 0.304], [0.313, 0.316], 1),  # over a point, and the ranges do not overlap
         ([0.3, 0.304], [0.308, 0.31], -1),  # under a point
@@ -57,7 +58,7 @@ def test_slack_is_what_a_figure_may_lose():
     no_worse = claims.Expect("z.speaker of a", "z.speaker of b", slack=0.02)
     assert judged(no_worse, [0.5, 0.6], [0.5, 0.58]) == 1
     assert judged(no_worse, [0.5, 0.6], [0.4, 0.45]) == -1
-    assert judged(no_worse, [0.5, 0.6], [0.4, 0.55]) == 0
+    assert judged(no_worse, [0.5, 0.6], [0.4, 0.55]) == -1
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,12 @@ def test_verdict_where_seeds_disagree():
     claim = SimpleNamespace(expects=(LOWER,))
     measured = {"a": [entry(0.1), entry(0.5)], "b": [entry(0.3), entry(0.9)]}
     assert claims.verdict(claim, measured) == claims.OPEN
+
+
+def test_what_was_not_measured_is_not_confirmed():
+    both = (LOWER, claims.Expect("z.phone of a", "z.phone of b"))
+    measured = {"a": [entry(0.1, None)], "b": [entry(0.9, None)]}
+    assert claims.verdict(SimpleNamespace(expects=both), measured) == claims.IN_PART
 
 
 def test_every_claim_is_well_formed():
@@ -106,7 +113,7 @@ def test_arms_with_the_same_flags_are_one_run():
     job = claims.job_of(args, "adain_vc", claims.Arm("x", "--instance-norm false"), 0)
     assert job.folder == Path("runs/adain_vc-words-instance-norm-false-0")
     assert " ".join(job.flags) == (
-        "--instance-norm false --data words/train --test words/test --toy --steps 9 --seed 0"
+        "--data words/train --test words/test --toy --steps 9 --instance-norm false --seed 0"
     )
 
 
@@ -116,7 +123,7 @@ def test_a_run_is_known_again(tmp_path, monkeypatch):
     args = claims.parse(["--data", "words", "--steps", "9"])
     job = claims.job_of(args, "dim", claims.Arm("x"), 0)
     assert not claims.is_trained(job)
-    config = {"data": "words", "steps": 9, "seed": 0}
+    config = vars(dim.Config(**dim.TOY | {"data": "words", "steps": 9}))
     run = {"config": config, "steps": 9, "method_sha256": claims.method_hash("dim")}
     job.folder.mkdir(parents=True)
 
@@ -125,11 +132,18 @@ def test_a_run_is_known_again(tmp_path, monkeypatch):
         return claims.is_trained(job)
 
     assert written()
-    assert not written(config=config | {"steps": 5}, steps=5)  # is to be resumed
-    with pytest.raises(measure.UserError, match="another --seed"):
-        written(config=config | {"seed": 1})
-    with pytest.raises(measure.UserError, match="another text"):
+    for name, other in (("seed", 1), ("steps", 5), ("channels", 256), ("gamma", 0.5)):
+        with pytest.raises(measure.UserError, match=f"another --{name}"):
+            written(config=config | {name: other})
+    with pytest.raises(measure.UserError, match="another version"):
         written(method_sha256="0")
+
+    (job.folder / "run.json").unlink()  # as after Ctrl-C: to be resumed, if it is the same
+    torch.save({"config": config}, job.folder / "model.pt")
+    assert not claims.is_trained(job)
+    torch.save({"config": config | {"channels": 8}}, job.folder / "model.pt")
+    with pytest.raises(measure.UserError, match="another --channels"):
+        claims.is_trained(job)
 
 
 def test_majority_map():
