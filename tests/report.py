@@ -277,7 +277,8 @@ def claim_section(name, claim, runs):
             continue
         header, rows = claims.table(claim, measured)
         header[0] = f"{data}, {seed_count(measured)}"
-        parts.append(f"    python tests/claims.py {name}{claim_flags(data, measured)}\n\n")
+        command = f"python tests/claims.py {name}{claim_flags(data, measured)}"
+        parts.append(f"```\n{command}\n```\n\n")
         parts.append(markdown(header, rows) + "\n")
         why = claim.why.get(data, "")
         parts.append(f"On {data}: **{claims.verdict(claim, measured)}**. {why}".rstrip() + "\n\n")
