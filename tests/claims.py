@@ -378,7 +378,7 @@ CLAIMS = {
         },
     ),
     "cpc-learns-phones": Claim(
-        short="c tells phones better than spectra do, and speakers",
+        short="c tells phones and speakers, better than spectra and untrained",
         script="cpc",
         paper="van den Oord 2018, 1807.03748 Table 1",
         statement="A linear probe reads phones from c better than from an untrained network and from "
@@ -413,7 +413,7 @@ CLAIMS = {
         expects=(Expect("c.phone of 2 steps", "c.phone of 12 steps"),),
     ),
     "cpc-negatives": Claim(
-        short="negatives without the current sequence cost phones",
+        short="leaving the current sequence out of mixed negatives costs phones",
         script="cpc",
         paper="van den Oord 2018, 1807.03748 Table 2",
         statement="With mixed negatives, leaving out the current sequence costs phones.",

@@ -79,7 +79,7 @@ FILES = {  # script: papers, the idea, the loss, labels for training, target
     ),
     "dim": (
         "1808.06670 1812.00271",
-        "a critic tells whose embedding it is; the decoder only listens",
+        "a critic tells whose embedding it is; no decoder trains the encoder",
         "JSD, DV or InfoNCE bound + prior",
         "no labels; no target",
     ),
