@@ -85,7 +85,7 @@ def majority_map_accuracy(fit, score):
     classes = 1 + int(max(fit[1].max(), score[1].max()))
     is_class = F.one_hot(fit[1], classes).float()
     counts = fit[0].T @ is_class  # (K, classes)
-    counts = counts + is_class.mean(0)  # decides only where a unit does not occur
+    counts = counts + is_class.mean(0)  # decides ties, and units that do not occur
     return (counts.argmax(1)[score[0].argmax(1)] == score[1]).float().mean().item()
 
 

@@ -2,7 +2,7 @@
 """Renders what README.md and tests/results/ say in figures, from the runs kept in tests/results.
 
 `python tests/test_readme.py --write` writes it into the pages, between their markers, and draws
-toy.svg and words.svg; tests/test_readme.py holds the pages to it.
+toy.svg and a figure of some claims; tests/test_readme.py holds the pages to it.
 """
 
 import importlib
@@ -160,7 +160,15 @@ def files_table(runs):
 
 def toy_table(runs):
     """One row a representation: trained, then untrained."""
-    header = ["per cent", "phone", "speaker", "EER", "untrained: phone", "speaker", "EER"]
+    header = [
+        "per cent",
+        "phone",
+        "speaker",
+        "EER",
+        "phone, untrained",
+        "speaker, untrained",
+        "EER, untrained",
+    ]
     rows = []
     first = {script: seeds_of(runs, script, "toy") for script in page.SCRIPTS}
     first = {script: entries for script, entries in first.items() if entries}
